@@ -1,0 +1,52 @@
+"""Efficient-attention Transformers as ordinary Hugging Face models.
+
+`import hf_efficient_attn` registers every family with the Auto classes of transformers; that is its only side effect.
+Classes load when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .auto import FAMILIES, public_names, register
+
+
+if TYPE_CHECKING:
+    from .data import DataCollatorWithGlobalAttention
+    from .models.eff_longformer.configuration_eff_longformer import EffLongformerConfig
+    from .models.eff_longformer.modeling_eff_longformer import (
+        EffLongformerForMaskedLM,
+        EffLongformerForMultipleChoice,
+        EffLongformerForQuestionAnswering,
+        EffLongformerForSequenceClassification,
+        EffLongformerForTokenClassification,
+        EffLongformerModel,
+        EffLongformerPreTrainedModel,
+    )
+
+__version__ = "0.1.0"
+
+_FAMILY_NAMES = public_names()
+_OTHER_NAMES = {"ATTENTIONS": ".attention", "DataCollatorWithGlobalAttention": ".data"}
+
+__all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FAMILY_NAMES:
+        family, kind = _FAMILY_NAMES[name]
+        # A class in hand means it is about to be used: the Auto classes must know all of it.
+        importlib.import_module(".auto", __name__).register_models()
+        value = getattr(family.module(kind), name)
+    elif name in _OTHER_NAMES:
+        value = getattr(importlib.import_module(_OTHER_NAMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

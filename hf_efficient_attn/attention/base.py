@@ -1,0 +1,91 @@
+"""What every mechanism shares: the projections, the split into heads, the choice of backend."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention around one formula. A subclass adds its weights here and implements `attend`.
+
+    Args:
+        config: has `hidden_size`, `num_attention_heads`, `attention_probs_dropout_prob` and `_attn_implementation`.
+        layer_idx: index of the layer, from 0.
+        options: the mechanism's options, an `options_class`; a config that has them as fields by default.
+
+    Raises:
+        ValueError: `hidden_size` that the heads do not divide.
+    """
+
+    options_class: ClassVar[type | None] = None
+    """Dataclass of the mechanism's options, inherited by the configs that show them; None if there are none."""
+
+    backends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+    """The `attn_implementation` names this mechanism has; `eager` is the dense one that returns weights."""
+
+    def __init__(self, config: Any, layer_idx: int, options: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.options = config if options is None else options
+        self.num_attention_heads = config.num_attention_heads
+        if config.hidden_size % config.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size = {config.hidden_size} is not divisible by num_attention_heads = "
+                f"{config.num_attention_heads}; choose a multiple of the head count."
+            )
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.dropout_p = float(config.attention_probs_dropout_prob)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split(self, projected: Tensor) -> Tensor:
+        """`[batch, length, hidden]` -> `[batch, heads, length, head_dim]`."""
+        return projected.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+
+    @staticmethod
+    def merge(mixed: Tensor) -> Tensor:
+        """`[batch, heads, length, head_dim]` -> `[batch, length, hidden]`."""
+        return mixed.transpose(1, 2).flatten(2)
+
+    def forward(
+        self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within `hidden_states` `[batch, length, hidden]`.
+
+        Args:
+            key_padding_mask: `[batch, length]` bool, True = attend.
+            context: what the family's model prepared once for all layers.
+
+        Returns:
+            `[batch, length, hidden]`, and the weights `[batch, heads, length, length]` from the eager backend, else None.
+        """
+        backend = self.config._attn_implementation
+        if backend not in self.backends:
+            raise ValueError(
+                f"attn_implementation = {backend!r} is not a backend of {type(self).__name__}; "
+                f"choose one of {', '.join(self.backends)}."
+            )
+        query = self.split(self.query(hidden_states))
+        key = self.split(self.key(hidden_states))
+        value = self.split(self.value(hidden_states))
+        dropout_p = self.dropout_p if self.training else 0.0
+        return self.attend(
+            hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context
+        )
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        dropout_p: float,
+        backend: str,
+        **context: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mechanism itself; shapes as in `forward`, `query`, `key`, `value` split into heads."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement attend().")

@@ -1,0 +1,146 @@
+"""Registration with transformers' Auto classes. `FAMILIES` has one row a family; adding a family is adding a row.
+
+Configs are registered as soon as transformers' own table of configs is loaded, models and tokenizers just before the
+first config of ours exists. So importing the package costs nothing until something of it, or a checkpoint, is used.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of `FAMILIES`.
+
+    Args:
+        name: class prefix; `Eff<name>Config` and `Eff<name>Model` stand in `models/<folder>`.
+        folder: folder in `models/`, also the model type.
+        heads: Auto class -> suffix of the model class.
+        tokenizer: name of transformers' tokenizer class to use where a folder names none.
+    """
+
+    name: str
+    folder: str
+    heads: dict[str, str]
+    tokenizer: str
+
+    @property
+    def config_name(self) -> str:
+        """Name of the config class."""
+        return f"Eff{self.name}Config"
+
+    @property
+    def model_names(self) -> dict[str, str]:
+        """Auto class -> name of the model class."""
+        return {auto: f"Eff{self.name}{suffix}" for auto, suffix in self.heads.items()}
+
+    def module(self, kind: str) -> ModuleType:
+        """The `configuration` or `modeling` module."""
+        return importlib.import_module(f".models.{self.folder}.{kind}_{self.folder}", __package__)
+
+
+ENCODER_HEADS = {
+    "AutoModel": "Model",
+    "AutoModelForPreTraining": "ForMaskedLM",
+    "AutoModelForMaskedLM": "ForMaskedLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+    "AutoModelForMultipleChoice": "ForMultipleChoice",
+    "AutoModelForTextEncoding": "Model",
+}
+
+FAMILIES: dict[str, Family] = {
+    "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS, "RobertaTokenizer"),
+}
+
+_CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+
+
+def public_names() -> dict[str, tuple[Family, str]]:
+    """Public class name -> (family, module kind) for every family."""
+    names = {}
+    for family in FAMILIES.values():
+        names[family.config_name] = (family, "configuration")
+        for name in (f"Eff{family.name}PreTrainedModel", *family.model_names.values()):
+            names[name] = (family, "modeling")
+    return names
+
+
+def register() -> None:
+    """Register every family with the Auto classes, now or as soon as transformers' table of configs is loaded.
+
+    Idempotent. Raises `ValueError` where a model type is taken by another class.
+    """
+    if _CONFIG_TABLE in sys.modules and hasattr(sys.modules[_CONFIG_TABLE], "CONFIG_MAPPING"):
+        register_configs()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def register_configs() -> None:
+    """Register the config classes, and have the models registered before the first config exists."""
+    from .encoder.configuration import EffEncoderConfig
+
+    table = sys.modules[_CONFIG_TABLE]
+    for family in FAMILIES.values():
+        config_class = getattr(family.module("configuration"), family.config_name)
+        known = table.CONFIG_MAPPING._extra_content.get(family.folder)
+        if known is None or known is config_class:
+            table.AutoConfig.register(family.folder, config_class, exist_ok=known is not None)
+        elif known.__name__ != config_class.__name__:
+            raise ValueError(
+                f"model type {family.folder!r} is already registered by {known.__module__}.{known.__name__}; "
+                "remove that registration before importing hf_efficient_attn."
+            )
+    if not _registered and register_models not in EffEncoderConfig.before_first_use:
+        EffEncoderConfig.before_first_use.append(register_models)
+
+
+_registered: list[str] = []
+
+
+def register_models() -> None:
+    """Register the model classes and default tokenizers. Idempotent."""
+    import transformers
+
+    for family in FAMILIES.values():
+        config_class = getattr(family.module("configuration"), family.config_name)
+        modeling = family.module("modeling")
+        for auto_name, model_name in family.model_names.items():
+            getattr(transformers, auto_name).register(config_class, getattr(modeling, model_name), exist_ok=True)
+        tokenizer_class = getattr(transformers, family.tokenizer)
+        transformers.AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+    _registered[:] = list(FAMILIES)
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers the configs right after transformers' table of configs has been imported, then goes away."""
+
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Only the one module is of interest; its own loader does the work."""
+        if fullname != _CONFIG_TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderThenRegister(spec.loader)
+        return spec
+
+
+class _LoaderThenRegister(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if nothing had been in between.
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        register_configs()

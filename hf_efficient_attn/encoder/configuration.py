@@ -1,0 +1,181 @@
+"""Config fields that every encoder family shares, their checks, and loading of an original family's config."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# What configs on the Hub and the library itself pass besides declared fields, without meaning for an encoder.
+_LIBRARY_NAMES = frozenset(
+    """
+    model_type num_labels name_or_path torch_dtype attn_implementation experts_implementation output_attentions
+    per_layer_config auto_map tokenizer_class task_specific_params finetuning_task prefix use_cache use_bfloat16
+    torchscript pruned_heads tie_encoder_decoder cross_attention_hidden_size decoder_start_token_id cls_token_id
+    mask_token_id unk_token_id sep_token_id bos_token_id eos_token_id pad_token_id quantization_config
+    transformers_weights problem_type is_encoder_decoder gradient_checkpointing
+    """.split()
+)
+
+
+@strict
+class EffEncoderConfig(PreTrainedConfig):
+    r"""
+    Fields shared by every encoder family of this package. A family adds its mechanism's options.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width of the encoder; a multiple of `num_attention_heads`.
+        embedding_size: width of the embeddings, projected to `hidden_size` where it differs; None is `hidden_size`.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of heads.
+        intermediate_size: width of the feed-forward layer.
+        hidden_act: its activation.
+        hidden_dropout_prob: dropout of embeddings and layer outputs.
+        attention_probs_dropout_prob: dropout of attention probabilities.
+        classifier_dropout: dropout in the task heads; None is `hidden_dropout_prob`.
+        max_position_embeddings: rows of the position table, reserved ones included.
+        position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With an
+            offset, pad ids stand for the attention mask where none is given.
+        type_vocab_size: number of token types, 0 for no table.
+        initializer_range: standard deviation of new weights.
+        layer_norm_eps: epsilon of the layer norms.
+        norm_position: `"post"` as in BERT, or `"pre"` with a final norm.
+        pad_token_id, bos_token_id, eos_token_id, sep_token_id: ids of special tokens.
+        tie_word_embeddings: share the input embeddings with the masked-LM head.
+        is_decoder, add_cross_attention: must be False, encoders have neither.
+
+    Raises:
+        ValueError: a value that breaks a rule above, or an argument that is no option (with the nearest name).
+    """
+
+    original_model_types: ClassVar[tuple[str, ...]] = ()
+    """Model types of transformers whose folders this config reads as its own, without a warning."""
+
+    original_fields_without_meaning: ClassVar[tuple[str, ...]] = ()
+    """Fields of those configs that say nothing about the model."""
+
+    before_first_use: ClassVar[list[Callable[[], None]]] = []
+    """Called once, before the first config exists: where the package registers its model classes lazily."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    embedding_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    position_offset: int | None = 0
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    norm_position: str = "post"
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    sep_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        while EffEncoderConfig.before_first_use:
+            EffEncoderConfig.before_first_use.pop()()
+        loaded = kwargs.pop("_loaded_from_dict", False)
+        for name in self.original_fields_without_meaning:
+            kwargs.pop(name, None)
+        if not loaded:
+            self._refuse_unknown(kwargs)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffEncoderConfig":
+        """As in transformers. Names that are no fields are kept as attributes: files may come from other versions."""
+        return super().from_dict({**config_dict, "_loaded_from_dict": True}, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As in transformers; a config of `original_model_types` is read as this one."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") in cls.original_model_types:
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @property
+    def first_position(self) -> int:
+        """Row of the position table that the first token of an example uses."""
+        if self.position_offset is not None:
+            return self.position_offset
+        return 0 if self.pad_token_id is None else self.pad_token_id + 1
+
+    @property
+    def max_input_length(self) -> int:
+        """Longest input in tokens."""
+        return self.max_position_embeddings - self.first_position
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout of the task heads."""
+        return float(self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout)
+
+    def check(self) -> None:
+        """Raises `ValueError` for a value that breaks a rule; also called when a model is built from this config."""
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = {self.num_attention_heads}; "
+                "choose a multiple of the head count."
+            )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 1 or more.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} = {value}: a probability lies between 0 and 1.")
+        if self.hidden_act not in ACT2FN:
+            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu", "relu"]
+            raise ValueError(f"hidden_act = {self.hidden_act!r} is not an activation; try {', '.join(near)}.")
+        if self.norm_position not in ("post", "pre"):
+            raise ValueError(f"norm_position = {self.norm_position!r}: choose 'post' (BERT) or 'pre'.")
+        if self.max_input_length < 1:
+            raise ValueError(
+                f"max_position_embeddings = {self.max_position_embeddings} leaves no row for a token, because the first "
+                f"{self.first_position} rows are reserved; give at least {self.first_position + 1}."
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id = {self.pad_token_id} is outside the vocabulary of {self.vocab_size}; "
+                "give an id of the tokenizer, or None."
+            )
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError(
+                f"is_decoder = {self.is_decoder}, add_cross_attention = {self.add_cross_attention}: {self.model_type} is "
+                "an encoder without a causal form or cross-attention; leave both False."
+            )
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        names = {field.name for field in fields(self)}
+        unknown = [
+            name
+            for name in kwargs
+            if not (name.startswith("_") or name in _LIBRARY_NAMES or hasattr(self, name) or _is_generation_option(name))
+        ]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
+            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; {hint}")
+
+
+def _is_generation_option(name: str) -> bool:
+    from transformers.generation.configuration_utils import GenerationConfig
+
+    return name in GenerationConfig._get_default_generation_params()

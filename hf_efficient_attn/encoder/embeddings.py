@@ -1,0 +1,35 @@
+"""Word, position and token-type embeddings."""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration import EffEncoderConfig
+
+
+def positions_from_mask(key_padding_mask: Tensor | None, length: int, first_position: int, device: torch.device) -> Tensor:
+    """Running count of the attended tokens from `first_position`: `[batch, length]`, or `[1, length]` without a mask."""
+    if key_padding_mask is None:
+        return torch.arange(first_position, first_position + length, device=device)[None, :]
+    return (key_padding_mask.long().cumsum(dim=1) - 1).clamp(min=0) + first_position
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and token-type embeddings, layer norm, dropout. Parameter names of BERT."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__()
+        width = config.embedding_size or config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size > 0 else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """`inputs_embeds` `[batch, length, width]`, ids `[batch or 1, length]` -> `[batch, length, width]`."""
+        embedded = inputs_embeds + self.position_embeddings(position_ids)
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(position_ids[:1])
+            embedded = embedded + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(embedded))

@@ -1,0 +1,75 @@
+"""Which tokens are global: the rules a config names, and the slots they take."""
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..functional.tokens import TokenSlots, select_tokens
+from .inputs import as_bool_mask
+
+
+logger = logging.get_logger(__name__)
+
+GLOBAL_ATTENTION_RULES = ("cls", "question", "second_text", "none")
+
+
+def global_tokens(
+    rule: str | list[int],
+    input_ids: Tensor | None,
+    key_padding_mask: Tensor | None,
+    global_attention_mask: Tensor | None,
+    *,
+    sep_token_id: int | None,
+    max_global_tokens: int,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> TokenSlots | None:
+    """The global tokens of a batch, None if there are none by rule. Padding is never global.
+
+    `global_attention_mask` `[batch, length]` overrides the `rule`, which is one of `GLOBAL_ATTENTION_RULES` or a list of
+    token ids. In eager mode there are as many slots as the batch needs; while compiling or exporting, where that
+    number would be data-dependent, `max_global_tokens`, and more tokens trip an assertion.
+    """
+    mask = as_bool_mask("global_attention_mask", global_attention_mask, *shape)
+    if mask is None:
+        if rule == "cls":
+            return select_tokens(_first_tokens(key_padding_mask, shape, device), 1)
+        if rule == "none":
+            return None
+        if input_ids is None:
+            logger.warning_once(
+                f"global_attention = {rule!r} reads input_ids, which are not given with inputs_embeds: no token is "
+                "global. Pass global_attention_mask to choose them."
+            )
+            return None
+        mask = _token_id_mask(rule, input_ids) if isinstance(rule, list) else _text_mask(rule, input_ids, sep_token_id)
+    if key_padding_mask is not None:
+        mask = mask & key_padding_mask
+    count = mask.sum(dim=1)
+    if not torch.compiler.is_compiling():
+        return select_tokens(mask, int(count.max()))
+    torch._assert_async(
+        (count <= max_global_tokens).all(),
+        f"an example has more than max_global_tokens = {max_global_tokens} global tokens; "
+        "raise config.max_global_tokens before compiling or exporting.",
+    )
+    return select_tokens(mask, max_global_tokens)
+
+
+def _first_tokens(key_padding_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if key_padding_mask is None:
+        key_padding_mask = torch.ones(shape, dtype=torch.bool, device=device)
+    return key_padding_mask & (key_padding_mask.long().cumsum(dim=1) == 1)
+
+
+def _token_id_mask(token_ids: list[int], input_ids: Tensor) -> Tensor:
+    return torch.isin(input_ids, torch.tensor(token_ids, dtype=input_ids.dtype, device=input_ids.device))
+
+
+def _text_mask(rule: str, input_ids: Tensor, sep_token_id: int) -> Tensor:
+    """Tokens before the first separator, or after the run of separators there; none where there is no separator."""
+    is_separator = input_ids == sep_token_id
+    reached = is_separator.long().cumsum(dim=1) > 0
+    if rule == "question":
+        return ~reached & is_separator.any(dim=1, keepdim=True)
+    return (reached & ~is_separator).long().cumsum(dim=1) > 0

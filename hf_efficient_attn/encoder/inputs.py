@@ -1,0 +1,79 @@
+"""What enters a model: checks with clear errors, and the one place where the mask becomes bool."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configuration import EffEncoderConfig
+
+
+_LIBRARY_KWARGS = frozenset({"num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict"})
+
+
+def check_forward_kwargs(kwargs: dict[str, Any], model: str) -> None:
+    """Raises `ValueError` for a forward argument that would be ignored; None and False ask for nothing."""
+    for name, value in kwargs.items():
+        if name in _LIBRARY_KWARGS or value is None or value is False:
+            continue
+        if name.startswith("encoder_"):
+            raise ValueError(
+                f"{model} got {name!r}: it is an encoder without cross-attention; join both texts into one input."
+            )
+        raise ValueError(f"{model} got the unknown argument {name!r}; remove it, it would be ignored.")
+
+
+def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: EffEncoderConfig) -> tuple[int, int]:
+    """`(batch, length)` of the input; raises `ValueError` where it is missing, doubled, misshapen or too long."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both"))
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, length], got shape {list(input_ids.shape)}.")
+    width = config.embedding_size or config.hidden_size
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
+        raise ValueError(f"inputs_embeds must be [batch, length, {width}], got shape {list(inputs_embeds.shape)}.")
+    batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if length > config.max_input_length:
+        raise ValueError(
+            f"the input has {length} tokens, more than the {config.max_input_length} of this model (max_position_embeddings = "
+            f"{config.max_position_embeddings}, the first {config.first_position} reserved); truncate with "
+            f"tokenizer(..., truncation=True, max_length={config.max_input_length})."
+        )
+    return batch, length
+
+
+def as_bool_mask(name: str, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """A mask of 0 and 1 `[batch, length]` as bool; raises `ValueError` for any other shape."""
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(
+            f"{name} must be [batch, length] = [{batch}, {length}] with 1 at tokens that count, got shape "
+            f"{list(mask.shape)}."
+        )
+    return mask.bool()
+
+
+def check_ids(name: str, ids: Tensor | None, batch: int, length: int) -> None:
+    """Raises `ValueError` unless `ids` is None, `[batch, length]` or `[1, length]`."""
+    if ids is not None and (ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch)):
+        raise ValueError(f"{name} must be [batch, length] = [{batch}, {length}], got shape {list(ids.shape)}.")
+
+
+def check_labels(name: str, labels: Tensor, classes: int, fix: str) -> None:
+    """Raises `ValueError` for a class label outside `[0, classes)` that is not the ignored -100."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    wrong = (labels != -100) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} contains {int(labels[wrong][0])}, outside 0 to {classes - 1} (-100 is ignored); {fix}"
+        )
+
+
+def first_token(hidden_states: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """State of each example's first attended token, wherever padding stands: `[batch, hidden]`."""
+    if key_padding_mask is None:
+        return hidden_states[:, 0]
+    index = key_padding_mask.long().argmax(dim=1)[:, None, None]
+    return hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1]))[:, 0]

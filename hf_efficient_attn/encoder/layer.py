@@ -1,0 +1,111 @@
+"""One encoder layer and the stack of them. Parameter names of BERT."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration import EffEncoderConfig
+
+
+AttentionFactory = Callable[[EffEncoderConfig, int], nn.Module]
+"""Builds the attention module of a layer: `(config, layer_idx)`; its forward returns `(states, weights or None)`."""
+
+
+class Output(nn.Module):
+    """Dense, dropout, residual and norm, after attention and after the feed-forward layer."""
+
+    def __init__(self, config: EffEncoderConfig, in_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
+        self.pre_norm = config.norm_position == "pre"
+
+    def normed_input(self, hidden_states: Tensor) -> Tensor:
+        """What the sublayer reads: the normed states where the norm comes first."""
+        return self.LayerNorm(hidden_states) if self.pre_norm else hidden_states
+
+    def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
+        """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
+        total = residual + self.dropout(self.dense(sublayer))
+        return total if self.pre_norm else self.LayerNorm(total)
+
+
+class Intermediate(nn.Module):
+    """First half of the feed-forward layer."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, length, hidden]` -> `[batch, length, intermediate]`."""
+        return self.activation(self.dense(hidden_states))
+
+
+class AttentionBlock(nn.Module):
+    """A mechanism (`self`) and its output projection."""
+
+    def __init__(self, config: EffEncoderConfig, layer_idx: int, attention: AttentionFactory) -> None:
+        super().__init__()
+        self.self = attention(config, layer_idx)
+        self.output = Output(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape."""
+        mixed, _ = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
+        return self.output(mixed, hidden_states)
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Attention, then feed-forward, each with its residual; post-norm as in BERT, or pre-norm."""
+
+    def __init__(self, config: EffEncoderConfig, layer_idx: int, attention: AttentionFactory) -> None:
+        super().__init__()
+        self.attention = AttentionBlock(config, layer_idx, attention)
+        self.intermediate = Intermediate(config)
+        self.output = Output(config, config.intermediate_size)
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
+        hidden_states = self.attention(hidden_states, key_padding_mask, **context)
+        if self.chunk_size > 0:
+            return torch.cat([self._feed_forward(part) for part in hidden_states.split(self.chunk_size, dim=1)], dim=1)
+        return self._feed_forward(hidden_states)
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        return self.output(self.intermediate(self.output.normed_input(hidden_states)), hidden_states)
+
+
+class Encoder(nn.Module):
+    """The stack of layers, with a final norm if they are pre-norm."""
+
+    def __init__(self, config: EffEncoderConfig, attention: AttentionFactory) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(EncoderLayer(config, index, attention) for index in range(config.num_hidden_layers))
+        pre_norm = config.norm_position == "pre"
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else None
+
+    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape."""
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, key_padding_mask, **context)
+        return hidden_states if self.LayerNorm is None else self.LayerNorm(hidden_states)
+
+
+class Pooler(nn.Module):
+    """`tanh(dense(first token))`."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_token: Tensor) -> Tensor:
+        """`[batch, hidden]` -> `[batch, hidden]`."""
+        return torch.tanh(self.dense(first_token))

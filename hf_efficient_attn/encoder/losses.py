@@ -1,0 +1,80 @@
+"""Losses of the classification heads. They read the config and never write it, unlike transformers' own."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .configuration import EffEncoderConfig
+from .inputs import check_labels
+
+
+def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEncoderConfig) -> Tensor:
+    """Mean loss of `logits` `[batch, num_labels]` for `config.problem_type`, guessed from the labels where it is None.
+
+    Labels are `[batch]` integers (single label), `[batch, num_labels]` floats of 0 and 1 (multi-label), or `[batch]`
+    or `[batch, num_labels]` floats (regression).
+
+    Raises:
+        ValueError: labels of a wrong shape, or outside the number of classes.
+    """
+    labels = labels.to(logits.device)
+    problem = config.problem_type
+    if problem is None:
+        if config.num_labels == 1:
+            problem = "regression"
+        else:
+            is_class = not labels.dtype.is_floating_point
+            problem = "single_label_classification" if is_class else "multi_label_classification"
+    if problem == "single_label_classification":
+        if labels.numel() != logits.shape[0]:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)} for a batch of {logits.shape[0]}; single-label classification "
+                "takes one integer an example. Set config.problem_type for another kind."
+            )
+        labels = labels.reshape(-1).long()
+        check_labels("labels", labels, config.num_labels, f"load the model with num_labels={config.num_labels + 1} or more.")
+        return F.cross_entropy(logits.float(), labels)
+    targets = labels.reshape(-1, 1) if labels.dim() == 1 and config.num_labels == 1 else labels
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}, {problem} needs {list(logits.shape)} = [batch, num_labels]; "
+            "set num_labels to the number of targets."
+        )
+    if problem == "regression":
+        return F.mse_loss(logits.float(), targets.float())
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross entropy of `logits` `[batch, length, classes]` against `labels` `[batch, length]`, -100 ignored.
+
+    The mean over labels, or with `num_items` (Trainer's `num_items_in_batch`, all labels of an accumulated batch) the
+    sum divided by it.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels must be [batch, length] = {list(logits.shape[:2])}, got {list(labels.shape)}.")
+    classes = logits.shape[-1]
+    check_labels("labels", labels, classes, f"the head has {classes} classes (vocab_size or num_labels).")
+    flat, labels = logits.float().flatten(0, 1), labels.flatten().to(logits.device)
+    if num_items is None:
+        return F.cross_entropy(flat, labels)
+    return F.cross_entropy(flat, labels, reduction="sum") / num_items
+
+
+def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of `[batch, 2]` logits; label 0 is a continuation, 1 a random sentence."""
+    check_labels("next_sentence_label", labels, 2, "0 is a continuation, 1 a random sentence.")
+    return F.cross_entropy(logits.float(), labels.reshape(-1).to(logits.device))
+
+
+def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of `[batch, choices]` logits."""
+    check_labels("labels", labels, logits.shape[1], "it is the index of the right choice.")
+    return F.cross_entropy(logits.float(), labels.reshape(-1).to(logits.device))
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean cross entropy of both ends `[batch]` over `[batch, length]` logits; an end past the input is ignored."""
+    length = start_logits.shape[1]
+    ends = [torch.clamp(x.reshape(-1).to(start_logits.device), 0, length) for x in (start, end)]
+    pairs = zip((start_logits, end_logits), ends, strict=True)
+    return sum(F.cross_entropy(logits.float(), end, ignore_index=length) for logits, end in pairs) / 2

@@ -1,0 +1,153 @@
+"""The base model of every encoder family, and what all its classes share."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import EffEncoderConfig
+from .embeddings import Embeddings, positions_from_mask
+from .heads import LMBias
+from .inputs import as_bool_mask, check_forward_kwargs, check_ids, first_token, input_shape
+from .layer import AttentionFactory, Encoder, Pooler
+
+
+class EffPreTrainedModel(PreTrainedModel):
+    """Flags, initialisation and checks of every class of this package. A family adds `config_class` and its prefix."""
+
+    config: EffEncoderConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Embeddings", "EncoderLayer"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
+
+    def __init__(self, config: EffEncoderConfig, *args: Any, **kwargs: Any) -> None:
+        # Fields may have been set since the config was built.
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LMBias):
+            init.zeros_(module.bias)
+
+
+class EffEncoderModel:
+    """Embeddings, encoder and pooler; mixed into a family's `Eff<Name>Model` before its `EffPreTrainedModel`.
+
+    Args:
+        config: the family's config.
+        add_pooling_layer: have `pooler_output`.
+        task: name of the head around this model, for defaults that depend on it; None for the bare model.
+    """
+
+    attention_class: ClassVar[AttentionFactory]
+    """The family's mechanism, `(config, layer_idx) -> module`."""
+
+    def __init__(self, config: EffEncoderConfig, add_pooling_layer: bool = True, task: str | None = None) -> None:
+        super().__init__(config)
+        self.task = task
+        self.embeddings = Embeddings(config)
+        projected = config.embedding_size is not None and config.embedding_size != config.hidden_size
+        self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if projected else None
+        self.encoder = Encoder(config, self.attention_class)
+        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    def key_padding_mask(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """The mask as bool `[batch, length]`, True = attend; None if every token counts."""
+        if attention_mask is None and input_ids is not None and self.config.first_position > 0:
+            pad = self.config.pad_token_id
+            return None if pad is None else input_ids != pad
+        return as_bool_mask("attention_mask", attention_mask, *shape)
+
+    def attention_context(
+        self,
+        input_ids: Tensor | None,
+        key_padding_mask: Tensor | None,
+        global_attention_mask: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """What the family's mechanism wants prepared once for all layers; it gets them as keyword arguments."""
+        if global_attention_mask is not None:
+            raise ValueError(
+                f"{type(self).__name__} got global_attention_mask, but its attention has no global tokens; leave it out."
+            )
+        return {}
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode a batch.
+
+        Args:
+            input_ids: `[batch, length]`, or `inputs_embeds` `[batch, length, embedding_size]` instead.
+            attention_mask: `[batch, length]`, 1 at tokens and 0 at padding, on either side; ones if absent (if absent
+                in a model with a position offset, `input_ids` other than `pad_token_id`).
+            token_type_ids: `[batch, length]`, zeros if absent.
+            position_ids: `[batch, length]` rows of the position table; by default the running count of the mask from
+                `config.first_position`, so that padding on the left changes nothing.
+            global_attention_mask: `[batch, length]`, 1 at global tokens, where the mechanism has them.
+            kwargs: `output_hidden_states`, `output_attentions` (eager backend), `return_dict`.
+
+        Returns:
+            `last_hidden_state` `[batch, length, hidden]`, `pooler_output` `[batch, hidden]` or None, and if asked
+            `hidden_states` (one more than layers) and `attentions` (`[batch, heads, length, length]` each).
+
+        Raises:
+            ValueError: input that is missing, misshapen, too long, or would be ignored.
+        """
+        check_forward_kwargs(kwargs, type(self).__name__)
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the eager "
+                "backend has attention weights; load the model with attn_implementation='eager' or call "
+                "model.set_attn_implementation('eager')."
+            )
+        batch, length = input_shape(input_ids, inputs_embeds, self.config)
+        check_ids("position_ids", position_ids, batch, length)
+        check_ids("token_type_ids", token_type_ids, batch, length)
+        key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, length))
+        device = input_ids.device if input_ids is not None else inputs_embeds.device
+        context = self.attention_context(input_ids, key_padding_mask, global_attention_mask, (batch, length), device)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+        elif key_padding_mask is not None:
+            # Not even inf or NaN in padding may reach a gradient.
+            inputs_embeds = inputs_embeds.masked_fill(~key_padding_mask[:, :, None], 0.0)
+        if position_ids is None:
+            position_ids = positions_from_mask(key_padding_mask, length, self.config.first_position, device)
+        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        if self.embeddings_project is not None:
+            hidden_states = self.embeddings_project(hidden_states)
+        hidden_states = self.encoder(hidden_states, key_padding_mask, **context)
+        pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, key_padding_mask))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

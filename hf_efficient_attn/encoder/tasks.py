@@ -1,0 +1,325 @@
+"""The task heads' forward passes. A family mixes one with its `EffPreTrainedModel` and names base model and head shape.
+
+```
+class EffXForMaskedLM(ForMaskedLM, EffXPreTrainedModel):
+    base_class, head_class = EffXModel, RobertaLMHead
+```
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration import EffEncoderConfig
+from .inputs import first_token
+from .losses import choice_loss, next_sentence_loss, sequence_classification_loss, span_loss, token_loss
+from .outputs import EffPreTrainingOutput
+
+
+class TaskModel:
+    """A base model under its published name and, in subclasses, a head."""
+
+    base_class: ClassVar[type]
+    head_class: ClassVar[type]
+    task: ClassVar[str]
+    accepts_loss_kwargs = False
+    """Read by Trainer: whether the loss divides by `num_items_in_batch` itself."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        base = self.base_class(config, add_pooling_layer=self._needs_pooler(), task=self.task)
+        setattr(self, self.base_model_prefix, base)
+        self._add_head(config)
+        self.post_init()
+
+    def _needs_pooler(self) -> bool:
+        return False
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        raise NotImplementedError(f"{type(self).__name__} adds no head.")
+
+
+class ForMaskedLM(TaskModel):
+    """Predicts masked tokens."""
+
+    task = "masked-lm"
+    accepts_loss_kwargs = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "head_class"):
+            decoder, words = f"{cls.head_class.projection}.decoder", "embeddings.word_embeddings.weight"
+            cls._tied_weights_keys = {
+                f"{decoder}.weight": f"{cls.base_model_prefix}.{words}",
+                f"{decoder}.bias": f"{cls.head_class.projection}.bias",
+            }
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        setattr(self, self.head_class.attribute, self.head_class(config))
+
+    @property
+    def _head(self) -> nn.Module:
+        return getattr(self, self.head_class.attribute)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The vocabulary projection."""
+        return self._head.vocabulary.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the vocabulary projection and its bias."""
+        self._head.vocabulary.set_decoder(new_embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Inputs as in the base model; `labels` `[batch, length]` token ids, -100 where nothing is predicted.
+
+        Returns:
+            `logits` `[batch, length, vocab_size]`, and `loss` if there are labels.
+        """
+        outputs = self.base_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+        )
+        logits = self._head(outputs.last_hidden_state)
+        loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForPreTraining(ForMaskedLM):
+    """Predicts masked tokens and whether the second text continues the first (BERT)."""
+
+    task = "pretraining"
+    accepts_loss_kwargs = False
+
+    def _needs_pooler(self) -> bool:
+        return True
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        setattr(self, self.head_class.attribute, self.head_class(config, next_sentence=True))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EffPreTrainingOutput:
+        """As `ForMaskedLM`, and `next_sentence_label` `[batch]` with 0 = continuation, 1 = random.
+
+        Returns:
+            `prediction_logits` `[batch, length, vocab_size]`, `seq_relationship_logits` `[batch, 2]`, and the sum of
+            the losses whose labels were given.
+        """
+        outputs = self.base_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+        )
+        logits = self._head(outputs.last_hidden_state)
+        relationship = self._head.seq_relationship(outputs.pooler_output)
+        losses = []
+        if labels is not None:
+            losses.append(token_loss(logits, labels))
+        if next_sentence_label is not None:
+            losses.append(next_sentence_loss(relationship, next_sentence_label))
+        return EffPreTrainingOutput(
+            loss=sum(losses) if losses else None,
+            prediction_logits=logits,
+            seq_relationship_logits=relationship,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ForSequenceClassification(TaskModel):
+    """Classifies or scores whole texts: single label, multi-label or regression (`config.problem_type`)."""
+
+    task = "sequence-classification"
+
+    def _needs_pooler(self) -> bool:
+        return self.head_class.reads_pooler
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        self.classifier = self.head_class(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Inputs as in the base model; `labels` as in `sequence_classification_loss`.
+
+        Returns:
+            `logits` `[batch, num_labels]`, and `loss` if there are labels.
+        """
+        outputs = self.base_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+        )
+        pooled = outputs.pooler_output
+        if not self.head_class.reads_pooler:
+            mask = self.base_model.key_padding_mask(input_ids, attention_mask, outputs.last_hidden_state.shape[:2])
+            pooled = first_token(outputs.last_hidden_state, mask)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForTokenClassification(TaskModel):
+    """Classifies each token."""
+
+    task = "token-classification"
+    accepts_loss_kwargs = True
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Inputs as in the base model; `labels` `[batch, length]` classes, -100 where there is none.
+
+        Returns:
+            `logits` `[batch, length, num_labels]`, and `loss` if there are labels.
+        """
+        outputs = self.base_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForQuestionAnswering(TaskModel):
+    """Marks the start and end of an answer in the input."""
+
+    task = "question-answering"
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        if config.num_labels != 2:
+            raise ValueError(
+                f"num_labels = {config.num_labels}: question answering has two outputs, start and end; use num_labels=2."
+            )
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Inputs as in the base model; `start_positions` and `end_positions` `[batch]`, ignored past the input.
+
+        Returns:
+            `start_logits` and `end_logits` `[batch, length]`, and `loss` if there are positions.
+        """
+        outputs = self.base_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("start_positions and end_positions belong together, got only one of them.")
+        loss = None
+        if start_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ForMultipleChoice(TaskModel):
+    """Picks one of several continuations."""
+
+    task = "multiple-choice"
+
+    def _needs_pooler(self) -> bool:
+        return True
+
+    def _add_head(self, config: EffEncoderConfig) -> None:
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """Inputs as in the base model with a dimension more, `[batch, choices, length]`; `labels` `[batch]`.
+
+        Returns:
+            `logits` `[batch, choices]`, and `loss` if there are labels.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or given.dim() != (3 if input_ids is not None else 4):
+            shape = None if given is None else list(given.shape)
+            raise ValueError(f"multiple choice takes input_ids [batch, choices, length], got shape {shape}.")
+        choices = given.shape[1]
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask)
+        outputs = self.base_model(*(None if x is None else x.flatten(0, 1) for x in inputs), **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        loss = None if labels is None else choice_loss(logits, labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

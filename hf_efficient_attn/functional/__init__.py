@@ -1,0 +1,24 @@
+"""Attention formulas: pure functions on `[batch, heads, length, head_dim]` tensors, torch only.
+
+Every formula takes `query, key, value, key_padding_mask=None, *, scale=None, dropout_p=0.0` and its own keyword-only
+parameters, and returns `[batch, heads, length, head_dim]` in `query.dtype`. `key_padding_mask` is `[batch, length]`
+bool, True = attend. Rows of padding positions, and rows that may attend nothing, are 0.
+"""
+
+from .dense import dense_attention, softmax_attention
+from .projected import projected_attention
+from .sliding_window import dense_sliding_window_mask, sliding_window_attention
+from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
+
+
+__all__ = [
+    "TokenSlots",
+    "dense_attention",
+    "dense_sliding_window_mask",
+    "gather_tokens",
+    "projected_attention",
+    "replace_tokens",
+    "select_tokens",
+    "sliding_window_attention",
+    "softmax_attention",
+]

@@ -1,0 +1,41 @@
+"""Checks and padding steps that every formula shares."""
+
+import torch
+from torch import Tensor
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raises `ValueError` unless the tensors are `[batch, heads, length, head_dim]` with a `[batch, length]` bool mask."""
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise ValueError(
+            "query, key and value must be [batch, heads, length, head_dim], got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; split the heads before the call."
+        )
+    if key.shape != query.shape or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "self-attention needs query, key and value of one batch, head count and length, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    if key_padding_mask is not None:
+        expected = (key.shape[0], key.shape[2])
+        if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)} with True = attend, "
+                f"got {key_padding_mask.dtype} of shape {list(key_padding_mask.shape)}; convert with `mask.bool()`."
+            )
+
+
+def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """`tensor` `[batch, heads, length, head_dim]` with 0 at padding, so that not even inf or NaN there can reach a result."""
+    if key_padding_mask is None:
+        return tensor
+    return tensor.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
+
+
+def masked_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask of `allowed`: 0 where True, the most negative finite number of `dtype` where False.
+
+    Finite, because a row of -inf alone makes NaN in some kernels; callers zero such rows.
+    """
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)

@@ -1,0 +1,110 @@
+"""EffLongformer classes: the encoder frame around Longformer attention, with the published parameter names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.longformer import LongformerSelfAttention
+from ...encoder.global_tokens import global_tokens
+from ...encoder.heads import DenseClassificationHead, RobertaLMHead
+from ...encoder.layer import EncoderLayer
+from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.tasks import (
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .configuration_eff_longformer import EffLongformerConfig
+
+
+GLOBAL_ATTENTION_OF_TASK = {
+    "sequence-classification": "cls",
+    "question-answering": "question",
+    "multiple-choice": "second_text",
+}
+
+
+class EffLongformerPreTrainedModel(EffPreTrainedModel):
+    """What all EffLongformer classes share."""
+
+    config_class = EffLongformerConfig
+    base_model_prefix = "longformer"
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": LongformerSelfAttention}
+
+
+class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
+    """Longformer encoder (Beltagy, Peters & Cohan 2020, arXiv 2004.05150): sliding window and global tokens.
+
+    Equal to transformers' `LongformerModel` for equal weights on valid tokens, whose folders it loads. It differs where
+    that one depends on padding or length: any length works as it is, and positions follow the mask, not the ids.
+    """
+
+    attention_class = LongformerSelfAttention
+
+    def attention_context(
+        self,
+        input_ids: Tensor | None,
+        key_padding_mask: Tensor | None,
+        global_attention_mask: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """The global tokens of the batch."""
+        rule = self.config.global_attention
+        if rule is None:
+            rule = GLOBAL_ATTENTION_OF_TASK.get(self.task, "none")
+        tokens = global_tokens(
+            rule,
+            input_ids,
+            key_padding_mask,
+            global_attention_mask,
+            sep_token_id=self.config.sep_token_id,
+            max_global_tokens=self.config.max_global_tokens,
+            shape=shape,
+            device=device,
+        )
+        return {"global_tokens": tokens}
+
+
+class EffLongformerForMaskedLM(ForMaskedLM, EffLongformerPreTrainedModel):
+    """EffLongformer that predicts masked tokens."""
+
+    base_class, head_class = EffLongformerModel, RobertaLMHead
+
+
+class EffLongformerForSequenceClassification(ForSequenceClassification, EffLongformerPreTrainedModel):
+    """EffLongformer that classifies texts; the first token is global by default."""
+
+    base_class, head_class = EffLongformerModel, DenseClassificationHead
+
+
+class EffLongformerForTokenClassification(ForTokenClassification, EffLongformerPreTrainedModel):
+    """EffLongformer that classifies tokens."""
+
+    base_class = EffLongformerModel
+
+
+class EffLongformerForQuestionAnswering(ForQuestionAnswering, EffLongformerPreTrainedModel):
+    """EffLongformer that marks an answer; the question's tokens are global by default."""
+
+    base_class = EffLongformerModel
+
+
+class EffLongformerForMultipleChoice(ForMultipleChoice, EffLongformerPreTrainedModel):
+    """EffLongformer that picks a continuation; the tokens of the second text are global by default."""
+
+    base_class = EffLongformerModel
+
+
+__all__ = [
+    "EffLongformerForMaskedLM",
+    "EffLongformerForMultipleChoice",
+    "EffLongformerForQuestionAnswering",
+    "EffLongformerForSequenceClassification",
+    "EffLongformerForTokenClassification",
+    "EffLongformerModel",
+    "EffLongformerPreTrainedModel",
+]
