@@ -39,3 +39,12 @@ def masked_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def count_blocks(length: int, block: int) -> int:
+    """Blocks of size `block` that cover `length`.
+
+    One more while compiling or exporting: a count that might be 1 makes the graph special to short inputs.
+    """
+    blocks = (length + block - 1) // block
+    return blocks + 1 if torch.compiler.is_compiling() else blocks

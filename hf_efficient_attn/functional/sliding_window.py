@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inputs import check_qkv, masked_bias, zero_padding
-from .tokens import TokenSlots, gather_tokens
+from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
+from .tokens import TokenSlots
 
 
 def sliding_window_attention(
@@ -47,27 +47,18 @@ def sliding_window_attention(
     check_qkv(query, key, value, key_padding_mask)
     dilations = check_window(radius, dilation, query.shape[1])
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
-    local_mask, global_key, global_value, global_valid = key_padding_mask, None, None, None
-    if global_tokens is not None and global_tokens.slots > 0:
-        global_key, global_value = (gather_tokens(x, global_tokens.index) for x in (key, value))
-        global_valid = global_tokens.valid
-        # A global key stands in a column of its own, so its place in the window must not count it again.
-        local_mask = ~global_tokens.mask if key_padding_mask is None else key_padding_mask & ~global_tokens.mask
-
-    def attend(heads: slice | Tensor, step: int) -> Tensor:
-        pick = [None if x is None else x[:, heads] for x in (query, key, value, global_key, global_value)]
-        return _dilated(*pick, local_mask, global_valid, radius=radius, dilation=step, scale=scale, dropout_p=dropout_p)
-
-    if len(set(dilations)) == 1:
-        mixed = attend(slice(None), dilations[0])
+    options = {"radius": radius, "scale": scale, "dropout_p": dropout_p}
+    steps = sorted(set(dilations))
+    if len(steps) == 1:
+        mixed = _blocked(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
     else:
-        steps = sorted(set(dilations))
-        groups = [[head for head, step in enumerate(dilations) if step == wanted] for wanted in steps]
-        parts = [
-            attend(torch.tensor(heads, device=query.device), step) for heads, step in zip(groups, steps, strict=True)
-        ]
-        order = sorted(range(len(dilations)), key=[head for heads in groups for head in heads].__getitem__)
-        mixed = torch.cat(parts, dim=1)[:, torch.tensor(order, device=query.device)]
+        # Heads of one dilation go together; the results are put back in the heads' order.
+        groups = [torch.tensor([h for h, d in enumerate(dilations) if d == step], device=query.device) for step in steps]
+        parts = []
+        for step, group in zip(steps, groups, strict=True):
+            picked = (x.index_select(1, group) for x in (query, key, value))
+            parts.append(_blocked(*picked, key_padding_mask, global_tokens, dilation=step, **options))
+        mixed = torch.cat(parts, dim=1).index_select(1, torch.cat(groups).argsort())
     return zero_padding(mixed, key_padding_mask)
 
 
@@ -93,45 +84,6 @@ def dense_sliding_window_mask(
     return ((distance % dilations == 0) & (distance <= radius * dilations))[None]
 
 
-def _dilated(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    global_key: Tensor | None,
-    global_value: Tensor | None,
-    local_mask: Tensor | None,
-    global_valid: Tensor | None,
-    *,
-    radius: int,
-    dilation: int,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    """A window of dilation d over n tokens is d plain windows over the interleaved sequences of n / d tokens."""
-    if dilation == 1:
-        return _blocked(
-            query, key, value, global_key, global_value, local_mask, global_valid, radius, scale, dropout_p
-        )
-    batch, heads, length, _ = query.shape
-    extra = (dilation - length % dilation) % dilation
-    steps = (length + extra) // dilation
-
-    def interleave(tensor: Tensor) -> Tensor:
-        padded = F.pad(tensor, (0, 0, 0, extra)).view(batch, heads, steps, dilation, tensor.shape[-1])
-        return padded.permute(0, 3, 1, 2, 4).reshape(batch * dilation, heads, steps, tensor.shape[-1])
-
-    mask = local_mask if local_mask is not None else query.new_ones(batch, length, dtype=torch.bool)
-    mask = F.pad(mask, (0, extra)).view(batch, steps, dilation).transpose(1, 2).reshape(batch * dilation, steps)
-    if global_key is not None:
-        global_key, global_value, global_valid = (
-            x.repeat_interleave(dilation, dim=0) for x in (global_key, global_value, global_valid)
-        )
-    query, key, value = interleave(query), interleave(key), interleave(value)
-    mixed = _blocked(query, key, value, global_key, global_value, mask, global_valid, radius, scale, dropout_p)
-    mixed = mixed.view(batch, dilation, heads, steps, -1).permute(0, 2, 3, 1, 4)
-    return mixed.reshape(batch, heads, steps * dilation, -1)[:, :, :length]
-
-
 def _block_size(radius: int) -> int:
     # Small blocks waste few keys, large ones make fewer, larger matrix products.
     return max(32, min(256, radius))
@@ -141,42 +93,62 @@ def _blocked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    global_key: Tensor | None,
-    global_value: Tensor | None,
-    local_mask: Tensor | None,
-    global_valid: Tensor | None,
+    key_padding_mask: Tensor | None,
+    global_tokens: TokenSlots | None,
+    *,
     radius: int,
+    dilation: int,
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    """Blocks of queries, each against the `block + 2 * radius` keys around it and the global keys."""
+    """Blocks of queries, each against the `block + 2 * radius` keys around it and the global keys.
+
+    Dilated windows over n tokens are plain windows over `dilation` interleaved sequences; a block lies in one of them.
+    Everything is gathered by position, so that no length is padded and no shape depends on divisibility.
+    """
     batch, heads, length, head_dim = query.shape
+    device = query.device
     block = _block_size(radius)
-    blocks = (length + block - 1) // block
     span = block + 2 * radius
-    tail = blocks * block - length
+    blocks = count_blocks(count_blocks(length, dilation), block)
+    starts = torch.arange(dilation, device=device)[:, None] + torch.arange(blocks, device=device) * (block * dilation)
+    starts = starts.flatten()[:, None]
+    query_position = starts + torch.arange(block, device=device) * dilation
+    key_position = starts + torch.arange(-radius, block + radius, device=device) * dilation
 
-    def windows(tensor: Tensor, extra_keys: Tensor | None) -> Tensor:
-        spans = F.pad(tensor, (0, 0, radius, radius + tail)).unfold(2, span, block).permute(0, 2, 1, 4, 3)
-        if extra_keys is not None:
-            extra_keys = extra_keys[:, None].expand(-1, blocks, -1, -1, -1)
-            spans = torch.cat([spans, extra_keys.to(spans.dtype)], dim=3)
-        return spans.flatten(0, 1)
-
-    if local_mask is None:
-        local_mask = torch.ones(1, length, dtype=torch.bool, device=query.device)
-    usable = F.pad(local_mask, (radius, radius + tail)).unfold(1, span, block)
-    offset = torch.arange(span, device=query.device)[None, :] - torch.arange(block, device=query.device)[:, None]
-    in_window = (offset >= 0) & (offset <= 2 * radius)
-    allowed = usable[:, :, None, :] & in_window
-    if global_key is not None:
-        seen = global_valid[:, None, None, :].expand(-1, blocks, block, -1)
+    usable = ((key_position >= 0) & (key_position < length))[None]
+    example = torch.arange(batch, device=device)[:, None, None] * length
+    key_row = example + key_position.clamp(0, length - 1)
+    if key_padding_mask is not None:
+        usable = usable & torch.take(key_padding_mask, key_row)
+    if global_tokens is not None and global_tokens.slots > 0:
+        # A global key stands in a column of its own, so its place in the window must not count it again.
+        usable = usable & ~torch.take(global_tokens.mask, key_row)
+    offset = torch.arange(span, device=device)[None, :] - torch.arange(block, device=device)[:, None]
+    allowed = usable[:, :, None, :] & ((offset >= 0) & (offset <= 2 * radius))
+    if global_tokens is not None and global_tokens.slots > 0:
+        seen = global_tokens.valid[:, None, None, :].expand(-1, allowed.shape[1], block, -1)
         allowed = torch.cat([allowed.expand(batch, -1, -1, -1), seen], dim=3)
+        global_row = example + global_tokens.index[:, None, :]
+        key_row = torch.cat([key_row, global_row.expand(-1, key_row.shape[1], -1)], dim=2)
     bias = masked_bias(allowed, query.dtype).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
 
-    query = F.pad(query, (0, 0, 0, tail)).unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+    def gather(tensor: Tensor, rows: Tensor) -> Tensor:
+        table = tensor.transpose(1, 2).reshape(batch * length, heads * tensor.shape[-1])
+        return F.embedding(rows, table).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    query_row = example + query_position.clamp(max=length - 1)
     mixed = F.scaled_dot_product_attention(
-        query, windows(key, global_key), windows(value, global_value), attn_mask=bias, dropout_p=dropout_p, scale=scale
+        gather(query, query_row),
+        gather(key, key_row),
+        gather(value, key_row),
+        attn_mask=bias,
+        dropout_p=dropout_p,
+        scale=scale,
     )
-    mixed = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
-    return mixed[:, :, :length]
+    position = torch.arange(length, device=device)
+    step = position // dilation
+    row = (position % dilation * blocks + step // block) * block + step % block
+    row = torch.arange(batch, device=device)[:, None] * (dilation * blocks * block) + row
+    table = mixed.transpose(1, 2).reshape(batch * dilation * blocks * block, heads * value.shape[-1])
+    return F.embedding(row, table).unflatten(-1, (heads, -1)).transpose(1, 2)
