@@ -15,8 +15,8 @@ class DataCollatorWithGlobalAttention:
         collator: any collator of transformers with a `tokenizer` (`DataCollatorWithPadding`,
             `DataCollatorForTokenClassification`, `DataCollatorForLanguageModeling`, ...).
 
-    Each feature may have `global_attention_mask`, a list of 0 and 1 as long as its `input_ids`; the batch then has it as
-    `[batch, length]` int64, padded with 0 on the side of `input_ids`. If no feature has one, neither has the batch.
+    Each feature may have `global_attention_mask`, a list of 0 and 1 as long as its `input_ids`; the batch then has it
+    as `[batch, length]` int64, padded with 0 on the side of `input_ids`. If no feature has one, neither has the batch.
 
     Raises:
         ValueError: only some features have a mask, or a mask is not as long as its `input_ids`.
@@ -33,7 +33,9 @@ class DataCollatorWithGlobalAttention:
         if len(missing) == len(features):
             return batch
         if missing:
-            raise ValueError(f"feature {missing[0]} has no global_attention_mask while others have one; give all or none.")
+            raise ValueError(
+                f"feature {missing[0]} has no global_attention_mask while others have one; give all or none."
+            )
         length, left = batch["input_ids"].shape[1], self.collator.tokenizer.padding_side == "left"
         padded = torch.zeros(len(masks), length, dtype=torch.long)
         for row, (mask, feature) in enumerate(zip(masks, features, strict=True)):

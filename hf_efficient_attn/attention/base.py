@@ -59,7 +59,8 @@ class SelfAttention(nn.Module):
             context: what the family's model prepared once for all layers.
 
         Returns:
-            `[batch, length, hidden]`, and the weights `[batch, heads, length, length]` from the eager backend, else None.
+            `[batch, length, hidden]`, and from the eager backend the weights `[batch, heads, length, length]`,
+            else None.
         """
         backend = self.config._attn_implementation
         if backend not in self.backends:

@@ -39,8 +39,8 @@ class EffEncoderConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout of attention probabilities.
         classifier_dropout: dropout in the task heads; None is `hidden_dropout_prob`.
         max_position_embeddings: rows of the position table, reserved ones included.
-        position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With an
-            offset, pad ids stand for the attention mask where none is given.
+        position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With
+            an offset, pad ids stand for the attention mask where none is given.
         type_vocab_size: number of token types, 0 for no table.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of the layer norms.
@@ -131,8 +131,8 @@ class EffEncoderConfig(PreTrainedConfig):
         """Raises `ValueError` for a value that breaks a rule; also called when a model is built from this config."""
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = {self.num_attention_heads}; "
-                "choose a multiple of the head count."
+                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
+                f"{self.num_attention_heads}; choose a multiple of the head count."
             )
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
@@ -148,8 +148,8 @@ class EffEncoderConfig(PreTrainedConfig):
             raise ValueError(f"norm_position = {self.norm_position!r}: choose 'post' (BERT) or 'pre'.")
         if self.max_input_length < 1:
             raise ValueError(
-                f"max_position_embeddings = {self.max_position_embeddings} leaves no row for a token, because the first "
-                f"{self.first_position} rows are reserved; give at least {self.first_position + 1}."
+                f"max_position_embeddings = {self.max_position_embeddings} leaves no row for a token, because the "
+                f"first {self.first_position} rows are reserved; give at least {self.first_position + 1}."
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -158,8 +158,8 @@ class EffEncoderConfig(PreTrainedConfig):
             )
         if self.is_decoder or self.add_cross_attention:
             raise ValueError(
-                f"is_decoder = {self.is_decoder}, add_cross_attention = {self.add_cross_attention}: {self.model_type} is "
-                "an encoder without a causal form or cross-attention; leave both False."
+                f"is_decoder = {self.is_decoder}, add_cross_attention = {self.add_cross_attention}: {self.model_type} "
+                "is an encoder without a causal form or cross-attention; leave both False."
             )
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
@@ -167,7 +167,9 @@ class EffEncoderConfig(PreTrainedConfig):
         unknown = [
             name
             for name in kwargs
-            if not (name.startswith("_") or name in _LIBRARY_NAMES or hasattr(self, name) or _is_generation_option(name))
+            if not (
+                name.startswith("_") or name in _LIBRARY_NAMES or hasattr(self, name) or _is_generation_option(name)
+            )
         ]
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, n=1)

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from .configuration import EffEncoderConfig
 
 
-def positions_from_mask(key_padding_mask: Tensor | None, length: int, first_position: int, device: torch.device) -> Tensor:
-    """Running count of the attended tokens from `first_position`: `[batch, length]`, or `[1, length]` without a mask."""
+def positions_from_mask(
+    key_padding_mask: Tensor | None, length: int, first_position: int, device: torch.device
+) -> Tensor:
+    """Running count of attended tokens from `first_position`: `[batch, length]`, `[1, length]` without a mask."""
     if key_padding_mask is None:
         return torch.arange(first_position, first_position + length, device=device)[None, :]
     return (key_padding_mask.long().cumsum(dim=1) - 1).clamp(min=0) + first_position

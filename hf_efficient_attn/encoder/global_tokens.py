@@ -26,8 +26,8 @@ def global_tokens(
 ) -> TokenSlots | None:
     """The global tokens of a batch, None if there are none by rule. Padding is never global.
 
-    `global_attention_mask` `[batch, length]` overrides the `rule`, which is one of `GLOBAL_ATTENTION_RULES` or a list of
-    token ids. In eager mode there are as many slots as the batch needs; while compiling or exporting, where that
+    `global_attention_mask` `[batch, length]` overrides the `rule`, which is one of `GLOBAL_ATTENTION_RULES` or a list
+    of token ids. In eager mode there are as many slots as the batch needs; while compiling or exporting, where that
     number would be data-dependent, `max_global_tokens`, and more tokens trip an assertion.
     """
     mask = as_bool_mask("global_attention_mask", global_attention_mask, *shape)

@@ -26,7 +26,9 @@ def check_forward_kwargs(kwargs: dict[str, Any], model: str) -> None:
 def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: EffEncoderConfig) -> tuple[int, int]:
     """`(batch, length)` of the input; raises `ValueError` where it is missing, doubled, misshapen or too long."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both"))
+        raise ValueError(
+            "give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both")
+        )
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, length], got shape {list(input_ids.shape)}.")
     width = config.embedding_size or config.hidden_size
@@ -35,9 +37,9 @@ def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: 
     batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if length > config.max_input_length:
         raise ValueError(
-            f"the input has {length} tokens, more than the {config.max_input_length} of this model (max_position_embeddings = "
-            f"{config.max_position_embeddings}, the first {config.first_position} reserved); truncate with "
-            f"tokenizer(..., truncation=True, max_length={config.max_input_length})."
+            f"the input has {length} tokens, more than the {config.max_input_length} of this model "
+            f"(max_position_embeddings = {config.max_position_embeddings}, {config.first_position} of them reserved); "
+            f"truncate with tokenizer(..., truncation=True, max_length={config.max_input_length})."
         )
     return batch, length
 

@@ -31,7 +31,9 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEnco
                 "takes one integer an example. Set config.problem_type for another kind."
             )
         labels = labels.reshape(-1).long()
-        check_labels("labels", labels, config.num_labels, f"load the model with num_labels={config.num_labels + 1} or more.")
+        check_labels(
+            "labels", labels, config.num_labels, f"load the model with num_labels={config.num_labels + 1} or more."
+        )
         return F.cross_entropy(logits.float(), labels)
     targets = labels.reshape(-1, 1) if labels.dim() == 1 and config.num_labels == 1 else labels
     if targets.shape != logits.shape:
@@ -75,6 +77,6 @@ def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Mean cross entropy of both ends `[batch]` over `[batch, length]` logits; an end past the input is ignored."""
     length = start_logits.shape[1]
-    ends = [torch.clamp(x.reshape(-1).to(start_logits.device), 0, length) for x in (start, end)]
+    ends = [x.reshape(-1).to(start_logits.device).clamp(0, length) for x in (start, end)]
     pairs = zip((start_logits, end_logits), ends, strict=True)
     return sum(F.cross_entropy(logits.float(), end, ignore_index=length) for logits, end in pairs) / 2

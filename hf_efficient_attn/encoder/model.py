@@ -89,7 +89,8 @@ class EffEncoderModel:
         """What the family's mechanism wants prepared once for all layers; it gets them as keyword arguments."""
         if global_attention_mask is not None:
             raise ValueError(
-                f"{type(self).__name__} got global_attention_mask, but its attention has no global tokens; leave it out."
+                f"{type(self).__name__} got global_attention_mask, but its attention has no global tokens; "
+                "leave it out."
             )
         return {}
 
@@ -127,8 +128,8 @@ class EffEncoderModel:
         check_forward_kwargs(kwargs, type(self).__name__)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             raise ValueError(
-                f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the eager "
-                "backend has attention weights; load the model with attn_implementation='eager' or call "
+                f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the "
+                "eager backend has attention weights; load the model with attn_implementation='eager' or call "
                 "model.set_attn_implementation('eager')."
             )
         batch, length = input_shape(input_ids, inputs_embeds, self.config)

@@ -242,7 +242,8 @@ class ForQuestionAnswering(TaskModel):
     def _add_head(self, config: EffEncoderConfig) -> None:
         if config.num_labels != 2:
             raise ValueError(
-                f"num_labels = {config.num_labels}: question answering has two outputs, start and end; use num_labels=2."
+                f"num_labels = {config.num_labels}: question answering has two outputs, start and end; "
+                "use num_labels=2."
             )
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 

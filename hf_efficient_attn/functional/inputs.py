@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
-    """Raises `ValueError` unless the tensors are `[batch, heads, length, head_dim]` with a `[batch, length]` bool mask."""
+    """Raises `ValueError` unless all are `[batch, heads, length, head_dim]` with a `[batch, length]` bool mask."""
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ValueError(
             "query, key and value must be [batch, heads, length, head_dim], got "
@@ -20,13 +20,13 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tenso
         expected = (key.shape[0], key.shape[2])
         if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
             raise ValueError(
-                f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)} with True = attend, "
+                f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)}, True = attend, "
                 f"got {key_padding_mask.dtype} of shape {list(key_padding_mask.shape)}; convert with `mask.bool()`."
             )
 
 
 def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """`tensor` `[batch, heads, length, head_dim]` with 0 at padding, so that not even inf or NaN there can reach a result."""
+    """`tensor` `[batch, heads, length, head_dim]` with 0 at padding, so that not even inf or NaN there counts."""
     if key_padding_mask is None:
         return tensor
     return tensor.masked_fill(~key_padding_mask[:, None, :, None], 0.0)

@@ -53,7 +53,9 @@ def sliding_window_attention(
         mixed = _blocked(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
     else:
         # Heads of one dilation go together; the results are put back in the heads' order.
-        groups = [torch.tensor([h for h, d in enumerate(dilations) if d == step], device=query.device) for step in steps]
+        groups = [
+            torch.tensor([h for h, d in enumerate(dilations) if d == step], device=query.device) for step in steps
+        ]
         parts = []
         for step, group in zip(steps, groups, strict=True):
             picked = (x.index_select(1, group) for x in (query, key, value))

@@ -32,7 +32,11 @@ class EffLongformerConfig(LongformerOptions, EffEncoderConfig):
 
     model_type = "eff_longformer"
     original_model_types: ClassVar[tuple[str, ...]] = ("longformer",)
-    original_fields_without_meaning: ClassVar[tuple[str, ...]] = ("onnx_export", "attention_mode", "ignore_attention_mask")
+    original_fields_without_meaning: ClassVar[tuple[str, ...]] = (
+        "onnx_export",
+        "attention_mode",
+        "ignore_attention_mask",
+    )
 
     max_position_embeddings: int = 4098
     position_offset: int | None = None
@@ -54,7 +58,9 @@ class EffLongformerConfig(LongformerOptions, EffEncoderConfig):
                 "or a list of token ids."
             )
         if isinstance(rule, list) and not all(0 <= token < self.vocab_size for token in rule):
-            raise ValueError(f"global_attention = {rule}: token ids must lie within the vocabulary of {self.vocab_size}.")
+            raise ValueError(
+                f"global_attention = {rule}: token ids must lie within the vocabulary of {self.vocab_size}."
+            )
         if rule in ("question", "second_text") and self.sep_token_id is None:
             raise ValueError(f"global_attention = {rule!r} needs sep_token_id; set it to the tokenizer's separator.")
         if self.max_global_tokens < 1:

@@ -1,0 +1,143 @@
+"""The table of mechanisms: one row each, and every law runs over every row and every variant of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracles
+import torch
+from torch import Tensor
+
+from hf_efficient_attn.functional import TokenSlots, select_tokens, sliding_window_attention, softmax_attention
+
+
+HEADS, HEAD_DIM = 4, 8
+LENGTHS = (1, 7, 63, 64, 100)
+
+
+def no_tokens(batch: int, length: int) -> None:
+    """No global tokens."""
+
+
+def some_tokens(batch: int, length: int) -> Tensor:
+    """A different number of global tokens in each example, counted from the end so that left padding spares them."""
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    for row in range(batch):
+        for step in range(row + 1):
+            mask[row, length - 1 - (step * 5 + row) % max(1, length // 2)] = True
+    return mask
+
+
+def all_tokens(batch: int, length: int) -> Tensor:
+    """Every token is global."""
+    return torch.ones(batch, length, dtype=torch.bool)
+
+
+def slots(is_global: Tensor | None, keep: Tensor | None) -> TokenSlots | None:
+    """Global tokens the way the model prepares them."""
+    if is_global is None:
+        return None
+    mask = is_global if keep is None else is_global & keep
+    return select_tokens(mask, int(mask.sum(dim=1).max()))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of a mechanism's options.
+
+    Args:
+        options: keyword arguments of the formula and of its oracle.
+        config: the same as config fields of the module.
+        is_global: `(batch, length)` -> bool `[batch, length]` or None.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    is_global: Callable[[int, int], Tensor | None] = no_tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mechanism.
+
+    Args:
+        name: its row in `ATTENTIONS`.
+        formula: `(query, key, value, keep, is_global, dropout_p=0.0, **options)`.
+        oracle: `(query, key, value, keep, is_global, **options)`.
+        module_oracle: `(weights, states, keep, heads, is_global, **options)`.
+        variants: name -> setting.
+        softmax_options: options with which it is full softmax attention for inputs up to 100 tokens.
+    """
+
+    name: str
+    formula: Callable[..., Tensor]
+    oracle: Callable[..., Tensor]
+    module_oracle: Callable[..., Tensor]
+    variants: dict[str, Variant]
+    softmax_options: dict[str, Any]
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any) -> Tensor:
+    return softmax_attention(query, key, value, keep, **kwargs)
+
+
+def _sliding_window(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: Tensor | None, **kwargs: Any
+) -> Tensor:
+    return sliding_window_attention(query, key, value, keep, global_tokens=slots(is_global, keep), **kwargs)
+
+
+def _longformer(radius: int, dilation: int | list[int], is_global: Callable = no_tokens) -> Variant:
+    config = {"attention_window": 2 * radius, "attention_dilation": [dilation]}
+    return Variant({"radius": radius, "dilation": dilation}, config, is_global)
+
+
+CASES = [
+    Case(
+        name="softmax",
+        formula=_softmax,
+        oracle=lambda q, k, v, keep, is_global: oracles.softmax(q, k, v, keep),
+        module_oracle=lambda weights, x, keep, heads, is_global: oracles.softmax_module(weights, x, keep, heads=heads),
+        variants={"plain": Variant()},
+        softmax_options={},
+    ),
+    Case(
+        name="longformer",
+        formula=_sliding_window,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.sliding_window(
+            q, k, v, keep, is_global=is_global, **options
+        ),
+        module_oracle=lambda weights, x, keep, heads, is_global, **options: oracles.longformer_module(
+            weights, x, keep, heads=heads, is_global=is_global, **options
+        ),
+        variants={
+            "window": _longformer(3, 1),
+            "wide": _longformer(40, 1),
+            "global": _longformer(5, 1, some_tokens),
+            "dilated": _longformer(4, 2, some_tokens),
+            "dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens),
+            "all global": _longformer(2, 1, all_tokens),
+        },
+        softmax_options={"radius": 100, "dilation": 1},
+    ),
+]
+
+ROWS = [(case, name) for case in CASES for name in case.variants]
+ROW_IDS = [f"{case.name}: {name}" for case, name in ROWS]
+
+
+def qkv(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, HEADS, length, HEAD_DIM)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)
+    )
+
+
+def paddings(batch: int, length: int) -> dict[str, Tensor | None]:
+    """No mask, and masks that pad the last examples on either side."""
+    right = torch.ones(batch, length, dtype=torch.bool)
+    for row in range(1, batch):
+        right[row, max(1, length - row * length // 3) :] = False
+    return {"none": None, "right": right, "left": right.flip(1)}

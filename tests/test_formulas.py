@@ -1,0 +1,165 @@
+"""Laws of every formula, over the table of mechanisms."""
+
+import pytest
+import torch
+from cases import CASES, HEAD_DIM, HEADS, LENGTHS, ROW_IDS, ROWS, Case, paddings, qkv
+from torch import Tensor
+
+
+ROW = pytest.mark.parametrize(("case", "variant"), ROWS, ids=ROW_IDS)
+
+
+def with_grads(function: callable, inputs: tuple[Tensor, ...], seen: Tensor | None = None) -> list[Tensor]:
+    """The result, and the gradients of a fixed random weighting of its rows that are `seen` `[batch, length]`."""
+    result = function(*inputs)
+    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(result.dtype)
+    if seen is not None:
+        weight = weight * seen[:, None, :, None]
+    return [result, *torch.autograd.grad((result * weight).sum(), inputs)]
+
+
+def formula(case: Case, variant: str, keep: Tensor | None, is_global: Tensor | None, **kwargs: object) -> callable:
+    """The case's formula as a function of query, key and value."""
+    return lambda q, k, v: case.formula(q, k, v, keep, is_global, **case.variants[variant].options, **kwargs)
+
+
+def is_global_of(case: Case, variant: str, batch: int, length: int, keep: Tensor | None) -> Tensor | None:
+    mask = case.variants[variant].is_global(batch, length)
+    return mask if mask is None or keep is None else mask & keep
+
+
+@ROW
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equals_the_oracle_forward_and_backward(case: Case, variant: str, length: int) -> None:
+    for side, keep in paddings(3, length).items():
+        inputs = qkv(3, length)
+        is_global = is_global_of(case, variant, 3, length, keep)
+        options = case.variants[variant].options
+        ours = with_grads(formula(case, variant, keep, is_global), inputs)
+        right = with_grads(lambda q, k, v: case.oracle(q, k, v, keep, is_global, **options), inputs)  # noqa: B023
+        for name, a, b in zip(("result", "query", "key", "value"), ours, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m: f"{side} padding, {name}: {m}")  # noqa: B023
+
+
+@ROW
+@pytest.mark.parametrize("poison", [1e3, float("inf"), float("nan")])
+def test_what_stands_in_padding_never_matters(case: Case, variant: str, poison: float) -> None:
+    for keep in (mask for mask in paddings(3, 64).values() if mask is not None):
+        is_global = is_global_of(case, variant, 3, 64, keep)
+        clean = qkv(3, 64)
+        hole = ~keep[:, None, :, None]
+        noise = torch.randn(3, HEADS, 64, HEAD_DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        dirty = tuple(torch.where(hole, poison * noise, x.detach()).requires_grad_() for x in clean)
+        expected = with_grads(formula(case, variant, keep, is_global), clean)
+        found = with_grads(formula(case, variant, keep, is_global), dirty)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@ROW
+def test_alone_is_batched(case: Case, variant: str) -> None:
+    for keep in (mask for mask in paddings(3, 100).values() if mask is not None):
+        is_global = is_global_of(case, variant, 3, 100, keep)
+        inputs = qkv(3, 100)
+        batched = formula(case, variant, keep, is_global)(*inputs)
+        for row in range(3):
+            own = keep[row]
+            alone_global = None if is_global is None else is_global[row : row + 1, own]
+            alone = formula(case, variant, None, alone_global)(*(x[row : row + 1, :, own] for x in inputs))
+            torch.testing.assert_close(alone[0], batched[row][:, own], rtol=0, atol=1e-12)
+            assert (batched[row][:, ~own] == 0).all(), "rows of padding are 0"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_is_softmax_attention_in_the_limit(case: Case, length: int) -> None:
+    for keep in paddings(2, length).values():
+        inputs = qkv(2, length)
+        ours = case.formula(*inputs, keep, None, **case.softmax_options)
+        torch.testing.assert_close(ours, CASES[0].oracle(*inputs, keep, None), rtol=0, atol=1e-10)
+
+
+@ROW
+def test_eval_draws_no_random_numbers_and_changes_nothing(case: Case, variant: str) -> None:
+    keep = paddings(2, 64)["left"]
+    inputs = qkv(2, 64)
+    copies = [x.detach().clone() for x in inputs]
+    function = formula(case, variant, keep, is_global_of(case, variant, 2, 64, keep))
+    state = torch.get_rng_state()
+    first, second = function(*inputs), function(*inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, second)
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+
+
+@ROW
+def test_takes_non_contiguous_input(case: Case, variant: str) -> None:
+    keep = paddings(2, 64)["right"]
+    inputs = qkv(2, 64)
+    function = formula(case, variant, keep, is_global_of(case, variant, 2, 64, keep))
+    strided = [x.detach().permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    torch.testing.assert_close(function(*strided), function(*inputs), rtol=0, atol=1e-12)
+
+
+@ROW
+def test_a_fully_masked_example_gives_zeros(case: Case, variant: str) -> None:
+    keep = torch.ones(2, 63, dtype=torch.bool)
+    keep[1] = False
+    inputs = qkv(2, 63)
+    found = with_grads(formula(case, variant, keep, is_global_of(case, variant, 2, 63, keep)), inputs)
+    for tensor in found:
+        assert tensor.isfinite().all()
+        assert (tensor[1] == 0).all()
+
+
+@ROW
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_keeps_the_dtype_and_its_precision(case: Case, variant: str, dtype: torch.dtype, tolerance: float) -> None:
+    keep = paddings(2, 100)["left"]
+    is_global = is_global_of(case, variant, 2, 100, keep)
+    inputs = qkv(2, 100, dtype)
+    ours = formula(case, variant, keep, is_global)(*inputs)
+    assert ours.dtype == dtype
+    right = case.oracle(*(x.double() for x in inputs), keep, is_global, **case.variants[variant].options)
+    assert (ours.double() - right).abs().max() <= tolerance * right.abs().max()
+
+
+@ROW
+def test_dropout_drops_without_bias(case: Case, variant: str) -> None:
+    keep = paddings(2, 7)["left"]
+    inputs = qkv(2, 7)
+    is_global = is_global_of(case, variant, 2, 7, keep)
+    dropped = formula(case, variant, keep, is_global, dropout_p=0.3)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        draws = torch.stack([dropped(*inputs) for _ in range(2000)])
+        torch.manual_seed(0)
+        assert torch.equal(dropped(*inputs), draws[0]), "one state of torch's generator gives one result"
+    assert not torch.equal(draws[0], draws[1])
+    plain = formula(case, variant, keep, is_global)(*inputs)
+    standard_error = draws.std(dim=0) / 2000**0.5
+    assert ((draws.mean(dim=0) - plain).abs() <= 5 * standard_error + 1e-12).all()
+
+
+@ROW
+def test_memory_is_linear_in_length(case: Case, variant: str) -> None:
+    """Bytes that autograd keeps and their sizes, at 1,024 and 2,048 tokens; the model tests count every allocation."""
+    if case.name == "softmax" or variant == "all global":
+        pytest.skip("quadratic by definition")
+
+    def saved(length: int) -> list[int]:
+        sizes = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        inputs = qkv(1, length, torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            formula(case, variant, None, is_global_of(case, variant, 1, length, None), dropout_p=0.1)(*inputs)
+        return sizes
+
+    short, long = saved(1024), saved(2048)
+    assert sum(long) <= 2.1 * sum(short)
+    assert max(long) < 2048**2
