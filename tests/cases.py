@@ -33,10 +33,10 @@ def all_tokens(batch: int, length: int) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool)
 
 
-def slots(is_global: Tensor | None, keep: Tensor | None) -> TokenSlots | None:
+def slots(is_global: Tensor | TokenSlots | None, keep: Tensor | None) -> TokenSlots | None:
     """Global tokens the way the model prepares them."""
-    if is_global is None:
-        return None
+    if is_global is None or isinstance(is_global, TokenSlots):
+        return is_global
     mask = is_global if keep is None else is_global & keep
     return select_tokens(mask, int(mask.sum(dim=1).max()))
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..functional.tokens import TokenSlots, select_tokens
 from .inputs import as_bool_mask
 
 
@@ -13,7 +12,7 @@ logger = logging.get_logger(__name__)
 GLOBAL_ATTENTION_RULES = ("cls", "question", "second_text", "none")
 
 
-def global_tokens(
+def global_token_mask(
     rule: str | list[int],
     input_ids: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -23,37 +22,37 @@ def global_tokens(
     max_global_tokens: int,
     shape: tuple[int, int],
     device: torch.device,
-) -> TokenSlots | None:
-    """The global tokens of a batch, None if there are none by rule. Padding is never global.
+) -> tuple[Tensor | None, int]:
+    """Which tokens are global, bool `[batch, length]`, and room for how many an example; None and 0 for none by rule.
 
     `global_attention_mask` `[batch, length]` overrides the `rule`, which is one of `GLOBAL_ATTENTION_RULES` or a list
-    of token ids. In eager mode there are as many slots as the batch needs; while compiling or exporting, where that
-    number would be data-dependent, `max_global_tokens`, and more tokens trip an assertion.
+    of token ids. Padding is never global. In eager mode there is as much room as the batch needs; while compiling or
+    exporting, where that number would be data-dependent, `max_global_tokens`, and more tokens trip an assertion.
     """
     mask = as_bool_mask("global_attention_mask", global_attention_mask, *shape)
     if mask is None:
         if rule == "cls":
-            return select_tokens(_first_tokens(key_padding_mask, shape, device), 1)
+            return _first_tokens(key_padding_mask, shape, device), 1
         if rule == "none":
-            return None
+            return None, 0
         if input_ids is None:
             logger.warning_once(
                 f"global_attention = {rule!r} reads input_ids, which are not given with inputs_embeds: no token is "
                 "global. Pass global_attention_mask to choose them."
             )
-            return None
+            return None, 0
         mask = _token_id_mask(rule, input_ids) if isinstance(rule, list) else _text_mask(rule, input_ids, sep_token_id)
     if key_padding_mask is not None:
         mask = mask & key_padding_mask
     count = mask.sum(dim=1)
     if not torch.compiler.is_compiling():
-        return select_tokens(mask, int(count.max()))
+        return mask, int(count.max())
     torch._assert_async(
         (count <= max_global_tokens).all(),
         f"an example has more than max_global_tokens = {max_global_tokens} global tokens; "
         "raise config.max_global_tokens before compiling or exporting.",
     )
-    return select_tokens(mask, max_global_tokens)
+    return mask, max_global_tokens
 
 
 def _first_tokens(key_padding_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:

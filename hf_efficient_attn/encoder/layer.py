@@ -1,5 +1,6 @@
 """One encoder layer and the stack of them. Parameter names of BERT."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,14 @@ class Intermediate(nn.Module):
         return self.activation(self.dense(hidden_states))
 
 
-class AttentionBlock(nn.Module):
+class Recorded(nn.Module):
+    """A module whose outputs transformers records through hooks. The hooks cannot be pickled, so they stay behind."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_forward_hooks": OrderedDict()}
+
+
+class AttentionBlock(Recorded):
     """A mechanism (`self`) and its output projection."""
 
     def __init__(self, config: EffEncoderConfig, layer_idx: int, attention: AttentionFactory) -> None:
@@ -56,13 +64,15 @@ class AttentionBlock(nn.Module):
         self.self = attention(config, layer_idx)
         self.output = Output(config, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any) -> Tensor:
-        """`[batch, length, hidden]` -> the same shape."""
-        mixed, _ = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
-        return self.output(mixed, hidden_states)
+    def forward(
+        self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
+        mixed, weights = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
+        return self.output(mixed, hidden_states), weights
 
 
-class EncoderLayer(GradientCheckpointingLayer):
+class EncoderLayer(Recorded, GradientCheckpointingLayer):
     """Attention, then feed-forward, each with its residual; post-norm as in BERT, or pre-norm."""
 
     def __init__(self, config: EffEncoderConfig, layer_idx: int, attention: AttentionFactory) -> None:
@@ -74,7 +84,7 @@ class EncoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
-        hidden_states = self.attention(hidden_states, key_padding_mask, **context)
+        hidden_states, _ = self.attention(hidden_states, key_padding_mask, **context)
         if self.chunk_size > 0:
             return torch.cat([self._feed_forward(part) for part in hidden_states.split(self.chunk_size, dim=1)], dim=1)
         return self._feed_forward(hidden_states)

@@ -8,13 +8,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
 
 from .configuration import EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
 from .heads import LMBias
 from .inputs import as_bool_mask, check_forward_kwargs, check_ids, first_token, input_shape
-from .layer import AttentionFactory, Encoder, Pooler
+from .layer import AttentionBlock, AttentionFactory, Encoder, EncoderLayer, Pooler
 
 
 class EffPreTrainedModel(PreTrainedModel):
@@ -25,6 +25,7 @@ class EffPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Embeddings", "EncoderLayer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": AttentionBlock}
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
 
     def __init__(self, config: EffEncoderConfig, *args: Any, **kwargs: Any) -> None:
@@ -60,6 +61,12 @@ class EffEncoderModel:
         self.encoder = Encoder(config, self.attention_class)
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.post_init()
+        # Not at the first call that records something: that call may be inside a compiled graph.
+        maybe_install_capturing_hooks(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_output_capturing_hooks_installed": False})
+        maybe_install_capturing_hooks(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ...attention.longformer import LongformerSelfAttention
-from ...encoder.global_tokens import global_tokens
+from ...encoder.global_tokens import global_token_mask
 from ...encoder.heads import DenseClassificationHead, RobertaLMHead
-from ...encoder.layer import EncoderLayer
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
 from ...encoder.tasks import (
     ForMaskedLM,
@@ -17,6 +16,7 @@ from ...encoder.tasks import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from ...functional.tokens import select_tokens
 from .configuration_eff_longformer import EffLongformerConfig
 
 
@@ -32,7 +32,6 @@ class EffLongformerPreTrainedModel(EffPreTrainedModel):
 
     config_class = EffLongformerConfig
     base_model_prefix = "longformer"
-    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": LongformerSelfAttention}
 
 
 class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
@@ -56,7 +55,7 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
         rule = self.config.global_attention
         if rule is None:
             rule = GLOBAL_ATTENTION_OF_TASK.get(self.task, "none")
-        tokens = global_tokens(
+        mask, slots = global_token_mask(
             rule,
             input_ids,
             key_padding_mask,
@@ -66,7 +65,7 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
             shape=shape,
             device=device,
         )
-        return {"global_tokens": tokens}
+        return {"global_tokens": None if mask is None else select_tokens(mask, slots)}
 
 
 class EffLongformerForMaskedLM(ForMaskedLM, EffLongformerPreTrainedModel):
