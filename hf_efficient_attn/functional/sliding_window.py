@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
 from .tokens import TokenSlots
+from .window_blocks import blocked_window_attention
 
 
 def sliding_window_attention(
@@ -49,7 +50,9 @@ def sliding_window_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     options = {"radius": radius, "scale": scale, "dropout_p": dropout_p}
     steps = sorted(set(dilations))
-    if len(steps) == 1:
+    if steps == [1] and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        mixed = blocked_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
+    elif len(steps) == 1:
         mixed = _blocked(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
     else:
         # Heads of one dilation go together; the results are put back in the heads' order.

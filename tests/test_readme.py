@@ -1,0 +1,60 @@
+"""The snippets of README.md and the model cards run as they stand, with a local folder for the name on the Hub."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import randomise_, tiny_tokenizer
+from transformers import LongformerConfig, LongformerForMaskedLM
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))]
+SNIPPETS = [
+    (page.name, number, code)
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """What a published Longformer checkpoint looks like: transformers' own classes, position table for 4,096 tokens."""
+    tokenizer = tiny_tokenizer(max_length=4096)
+    config = LongformerConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        attention_window=16,
+        max_position_embeddings=4098,
+        pad_token_id=1,
+    )
+    folder = tmp_path / "published"
+    randomise_(LongformerForMaskedLM(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_there_are_snippets() -> None:
+    assert {name for name, _, _ in SNIPPETS} == {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize(("page", "number", "code"), SNIPPETS, ids=[f"{page}-{number}" for page, number, _ in SNIPPETS])
+def test_snippet_runs(page: str, number: int, code: str, published: Path, tmp_path: Path) -> None:
+    code = code.replace("allenai/longformer-base-4096", str(published))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if "save_model" in code:
+        assert (tmp_path / "my-classifier" / "model.safetensors").is_file()
+
+
+def test_readme_is_linked_to_files_that_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
