@@ -36,15 +36,28 @@ class DataCollatorWithGlobalAttention:
             raise ValueError(
                 f"feature {missing[0]} has no global_attention_mask while others have one; give all or none."
             )
-        length, left = batch["input_ids"].shape[1], self.collator.tokenizer.padding_side == "left"
-        padded = torch.zeros(len(masks), length, dtype=torch.long)
+        if not hasattr(self.collator, "tokenizer"):
+            raise ValueError(
+                f"the collator {self.collator!r} has no tokenizer to tell the padding side; "
+                "wrap one that has, such as DataCollatorWithPadding."
+            )
+        padded = torch.zeros_like(batch["input_ids"], dtype=torch.long)
+        length, left = padded.shape[-1], self.collator.tokenizer.padding_side == "left"
+        # A feature has one text, or for multiple choice one text a choice.
+        targets = iter(padded.view(-1, length))
         for row, (mask, feature) in enumerate(zip(masks, features, strict=True)):
-            if len(mask) != len(feature["input_ids"]):
-                raise ValueError(
-                    f"global_attention_mask of feature {row} has {len(mask)} entries for {len(feature['input_ids'])} "
-                    "input_ids; give one entry a token."
-                )
-            start = length - len(mask) if left else 0
-            padded[row, start : start + len(mask)] = torch.as_tensor(mask)
+            for text, ids in zip(_texts(mask), _texts(feature["input_ids"]), strict=True):
+                if len(text) != len(ids):
+                    raise ValueError(
+                        f"global_attention_mask of feature {row} has {len(text)} entries for {len(ids)} "
+                        "input_ids; give one entry a token."
+                    )
+                start = length - len(text) if left else 0
+                next(targets)[start : start + len(text)] = torch.as_tensor(text)
         batch["global_attention_mask"] = padded
         return batch
+
+
+def _texts(values: Any) -> list[Any]:
+    """`[length]` or `[choices, length]` as a list of rows."""
+    return list(values) if len(values) > 0 and torch.as_tensor(values[0]).dim() > 0 else [values]

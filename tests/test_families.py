@@ -112,6 +112,17 @@ def test_alone_is_padded_is_batched(family: str, auto: str, side: str, backend: 
 
 
 @HEAD
+def test_the_loss_does_not_depend_on_the_amount_of_padding(family: str, auto: str) -> None:
+    model = build(family, auto)
+    inputs = batch_of(model, auto, 2, 20)
+    padded = {name: x if x.dim() == 1 else nn.functional.pad(x, (0, 9)) for name, x in inputs.items()}
+    if "labels" in inputs and inputs["labels"].dim() > 1:
+        padded["labels"] = nn.functional.pad(inputs["labels"], (0, 9), value=-100)
+    if auto != "AutoModel":
+        torch.testing.assert_close(loss_of(model, padded), loss_of(model, inputs), rtol=1e-5, atol=1e-5)
+
+
+@HEAD
 @pytest.mark.parametrize("idle", [True, False])
 def test_every_parameter_gets_a_gradient(family: str, auto: str, idle: bool) -> None:
     model = build(family, auto).train()

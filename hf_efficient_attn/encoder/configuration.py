@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -20,6 +19,9 @@ _LIBRARY_NAMES = frozenset(
     transformers_weights problem_type is_encoder_decoder gradient_checkpointing
     """.split()
 )
+
+
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -137,10 +139,22 @@ class EffEncoderConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 1 or more.")
+        for name in ("type_vocab_size", "position_offset"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more.")
+        if self.embedding_size is not None and self.embedding_size < 1:
+            raise ValueError(f"embedding_size = {self.embedding_size}: it must be 1 or more, or None for hidden_size.")
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by the "
+                "labels."
+            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} = {value}: a probability lies between 0 and 1.")
+        from transformers.activations import ACT2FN  # loads a good part of transformers: not before a config exists
+
         if self.hidden_act not in ACT2FN:
             near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu", "relu"]
             raise ValueError(f"hidden_act = {self.hidden_act!r} is not an activation; try {', '.join(near)}.")

@@ -15,12 +15,14 @@ class LMBias(nn.Module):
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
         self.decoder = nn.Linear(config.embedding_size or config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        # Published heads tie the projection's bias to this one; without tying it would be idle.
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.tie_word_embeddings else None
 
     def set_decoder(self, decoder: nn.Linear) -> None:
         """Replace the vocabulary projection, after a resize."""
         self.decoder = decoder
-        self.bias = decoder.bias
+        if self.bias is not None:
+            self.bias = decoder.bias
 
 
 class RobertaLMHead(LMBias):

@@ -35,6 +35,8 @@ def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: 
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
         raise ValueError(f"inputs_embeds must be [batch, length, {width}], got shape {list(inputs_embeds.shape)}.")
     batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if not torch.compiler.is_compiling() and (batch == 0 or length == 0):
+        raise ValueError(f"the input is empty, [batch, length] = [{batch}, {length}]; give at least one token.")
     if length > config.max_input_length:
         raise ValueError(
             f"the input has {length} tokens, more than the {config.max_input_length} of this model "
@@ -64,6 +66,8 @@ def check_ids(name: str, ids: Tensor | None, batch: int, length: int) -> None:
 
 def check_labels(name: str, labels: Tensor, classes: int, fix: str) -> None:
     """Raises `ValueError` for a class label outside `[0, classes)` that is not the ignored -100."""
+    if labels.dtype.is_floating_point:
+        raise ValueError(f"{name} are {labels.dtype}; these are classes, give integers.")
     if torch.compiler.is_compiling() or labels.numel() == 0:
         return
     wrong = (labels != -100) & ((labels < 0) | (labels >= classes))
@@ -71,6 +75,13 @@ def check_labels(name: str, labels: Tensor, classes: int, fix: str) -> None:
         raise ValueError(
             f"{name} contains {int(labels[wrong][0])}, outside 0 to {classes - 1} (-100 is ignored); {fix}"
         )
+
+
+def check_one_per_example(name: str, labels: Tensor, batch: int) -> Tensor:
+    """`labels` as `[batch]`; raises `ValueError` for another count."""
+    if labels.numel() != batch:
+        raise ValueError(f"{name} must be [batch] = [{batch}], got shape {list(labels.shape)}; give one an example.")
+    return labels.reshape(-1)
 
 
 def first_token(hidden_states: Tensor, key_padding_mask: Tensor | None) -> Tensor:

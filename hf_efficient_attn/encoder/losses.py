@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import EffEncoderConfig
-from .inputs import check_labels
+from .inputs import check_labels, check_one_per_example
 
 
 def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEncoderConfig) -> Tensor:
@@ -64,19 +64,23 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
 
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of `[batch, 2]` logits; label 0 is a continuation, 1 a random sentence."""
+    labels = check_one_per_example("next_sentence_label", labels, logits.shape[0])
     check_labels("next_sentence_label", labels, 2, "0 is a continuation, 1 a random sentence.")
-    return F.cross_entropy(logits.float(), labels.reshape(-1).to(logits.device))
+    return F.cross_entropy(logits.float(), labels.to(logits.device))
 
 
 def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of `[batch, choices]` logits."""
+    labels = check_one_per_example("labels", labels, logits.shape[0])
     check_labels("labels", labels, logits.shape[1], "it is the index of the right choice.")
-    return F.cross_entropy(logits.float(), labels.reshape(-1).to(logits.device))
+    return F.cross_entropy(logits.float(), labels.to(logits.device))
 
 
 def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Mean cross entropy of both ends `[batch]` over `[batch, length]` logits; an end past the input is ignored."""
-    length = start_logits.shape[1]
-    ends = [x.reshape(-1).to(start_logits.device).clamp(0, length) for x in (start, end)]
+    batch, length = start_logits.shape
+    start = check_one_per_example("start_positions", start, batch)
+    end = check_one_per_example("end_positions", end, batch)
+    ends = [x.to(start_logits.device).clamp(0, length) for x in (start, end)]
     pairs = zip((start_logits, end_logits), ends, strict=True)
     return sum(F.cross_entropy(logits.float(), end, ignore_index=length) for logits, end in pairs) / 2

@@ -26,7 +26,7 @@ class EffPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": AttentionBlock}
-    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
+    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"(lm_head|predictions)\.bias$"]
 
     def __init__(self, config: EffEncoderConfig, *args: Any, **kwargs: Any) -> None:
         # Fields may have been set since the config was built.
@@ -36,7 +36,7 @@ class EffPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LMBias):
+        if isinstance(module, LMBias) and module.bias is not None:
             init.zeros_(module.bias)
 
 
@@ -133,7 +133,8 @@ class EffEncoderModel:
             ValueError: input that is missing, misshapen, too long, or would be ignored.
         """
         check_forward_kwargs(kwargs, type(self).__name__)
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+        wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
+        if wants_weights and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the "
                 "eager backend has attention weights; load the model with attn_implementation='eager' or call "

@@ -8,6 +8,7 @@ class EffXForMaskedLM(ForMaskedLM, EffXPreTrainedModel):
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     MaskedLMOutput,
@@ -36,6 +37,9 @@ class TaskModel:
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
+        if config.tie_word_embeddings and self._tied_weights_keys:
+            # Trainer warns about tied names that a checkpoint lacks, unless they stand here.
+            self._keys_to_ignore_on_save = set(self._tied_weights_keys)
         base = self.base_class(config, add_pooling_layer=self._needs_pooler(), task=self.task)
         setattr(self, self.base_model_prefix, base)
         self._add_head(config)
@@ -263,12 +267,18 @@ class ForQuestionAnswering(TaskModel):
         """Inputs as in the base model; `start_positions` and `end_positions` `[batch]`, ignored past the input.
 
         Returns:
-            `start_logits` and `end_logits` `[batch, length]`, and `loss` if there are positions.
+            `start_logits` and `end_logits` `[batch, length]`, the most negative number at padding, and `loss` if there
+            are positions.
         """
         outputs = self.base_model(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        keep = self.base_model.key_padding_mask(input_ids, attention_mask, logits.shape[:2])
+        if keep is not None:
+            # An answer never stands in padding, and the loss must not depend on how much of it there is.
+            logits = logits.masked_fill(~keep[:, :, None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(dim=-1)
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions and end_positions belong together, got only one of them.")
         loss = None
@@ -316,7 +326,18 @@ class ForMultipleChoice(TaskModel):
         if given is None or given.dim() != (3 if input_ids is not None else 4):
             shape = None if given is None else list(given.shape)
             raise ValueError(f"multiple choice takes input_ids [batch, choices, length], got shape {shape}.")
-        choices = given.shape[1]
+        choices, shape = given.shape[1], tuple(given.shape[:3])
+        masks = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "global_attention_mask": global_attention_mask,
+        }
+        for name, mask in masks.items():
+            if mask is not None and tuple(mask.shape) != shape:
+                raise ValueError(
+                    f"{name} must be [batch, choices, length] = {list(shape)}, got shape {list(mask.shape)}."
+                )
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask)
         outputs = self.base_model(*(None if x is None else x.flatten(0, 1) for x in inputs), **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
