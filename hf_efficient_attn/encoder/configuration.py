@@ -143,11 +143,11 @@ class EffEncoderConfig(PreTrainedConfig):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more.")
         if self.embedding_size is not None and self.embedding_size < 1:
-            raise ValueError(f"embedding_size = {self.embedding_size}: it must be 1 or more, or None for hidden_size.")
+            raise ValueError(f"embedding_size = {self.embedding_size}: it must be 1 or more, or None (hidden_size).")
         if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(
-                f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by the "
-                "labels."
+                f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by "
+                "the labels."
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)

@@ -1,0 +1,223 @@
+"""Fine-tune a long-document classifier with Trainer.
+
+    python examples/finetune_classification.py                                  # no data needed, about two minutes
+    python examples/finetune_classification.py --dataset reviews.csv --text-column review --label-column stars
+    python examples/finetune_classification.py --dataset imdb --model my-checkpoint --max-length 4096 --output-dir out
+
+--dataset takes whatever `datasets.load_dataset` can read, and a folder with one subfolder of .txt files for each label.
+Without it the documents are source files of Python's standard library, to be told apart by package. --model takes any
+folder or Hub name that AutoModelForSequenceClassification can load, of this package's families or another. Without it a
+small EffLongformer is trained from scratch, with a tokenizer trained on the texts. On CPU cores shared with other programs
+set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other down.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_efficient_attn import EffLongformerForSequenceClassification
+from hf_efficient_attn.demo import accuracy, small_config, stdlib_corpus, tokenize_texts, train_tokenizer
+
+
+LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="csv, tsv, json, jsonl or parquet file; folder; name on the Hub")
+    data.add_argument("--dataset-config", help="configuration of a Hub data set that has several")
+    data.add_argument("--eval-dataset", help="file with the evaluation side, where --dataset is a file")
+    data.add_argument("--train-split", default="train")
+    data.add_argument("--eval-split", help="default: validation or test, else a fifth of the training side")
+    data.add_argument("--text-column", default="text")
+    data.add_argument("--label-column", default="label", help="strings or whole numbers")
+    data.add_argument("--max-train-examples", type=int, help="use only so many, for a trial")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder or Hub name; default: a new small EffLongformer")
+    model.add_argument("--max-length", type=int, help="tokens; default: 1024, or what --model can take")
+    training = parser.add_argument_group("training")
+    training.add_argument("--output-dir", default="finetuned")
+    training.add_argument("--epochs", type=float, default=6)
+    training.add_argument("--batch-size", type=int, default=4)
+    training.add_argument("--learning-rate", type=float, help="default: 2e-3 for a new model, 5e-5 for --model")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    training.add_argument("--bf16", action="store_true")
+    training.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+    training.add_argument("--push-to-hub", action="store_true")
+    training.add_argument("--hub-model-id", help="default: the name of --output-dir")
+    return parser.parse_args()
+
+
+def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """The training and the evaluation side of --dataset."""
+    path = Path(args.dataset)
+    if path.suffix in LOADERS:
+        files = {args.train_split: args.dataset}
+        if args.eval_dataset:
+            files[args.eval_split or "validation"] = args.eval_dataset
+        for file in files.values():
+            if not Path(file).is_file():
+                raise SystemExit(f"Error: there is no file {file}: check the path.")
+        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        splits = load_dataset(LOADERS[path.suffix], data_files=files, **options)
+    elif path.is_file():
+        raise SystemExit(f"Error: {path} ends in {path.suffix!r}, which is not known: pass {', '.join(LOADERS)}.")
+    elif texts := sorted(path.glob("*/*.txt")):
+        columns = {"text": [text.read_text("utf-8") for text in texts], "label": [text.parent.name for text in texts]}
+        splits = DatasetDict({args.train_split: Dataset.from_dict(columns)})
+    else:
+        try:
+            splits = load_dataset(args.dataset, args.dataset_config)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"Error: {args.dataset} is no file, and cannot be loaded as a data set: {error}") from None
+
+    for name in filter(None, (args.train_split, args.eval_split)):
+        if name not in splits:
+            raise SystemExit(f"Error: {args.dataset} has no split {name!r}: it has {', '.join(splits)}.")
+    eval_split = args.eval_split or next((name for name in ("validation", "test") if name in splits), None)
+    if eval_split is None:
+        splits = splits[args.train_split].train_test_split(test_size=0.2, seed=args.seed)
+        return splits["train"], splits["test"]
+    return splits[args.train_split], splits[eval_split]
+
+
+def number_labels(splits: DatasetDict, text_column: str, label_column: str) -> tuple[DatasetDict, list[str]]:
+    """The splits with labels 0, 1, ..., and the labels' names in that order."""
+    for name, split in splits.items():
+        for column in (text_column, label_column):
+            if column not in split.column_names:
+                columns = ", ".join(split.column_names)
+                raise SystemExit(
+                    f"Error: the {name} side has no column {column!r}, it has {columns}: "
+                    "name the columns with --text-column and --label-column."
+                )
+            if empty := sum(value is None for value in split[column]):
+                raise SystemExit(f"Error: column {column!r} is empty in {empty} rows of the {name} side: remove them.")
+    feature = splits["train"].features[label_column]
+    if isinstance(feature, ClassLabel):
+        return splits, feature.names
+    if getattr(feature, "dtype", "list").startswith(("float", "list")):
+        raise SystemExit(
+            f"Error: column {label_column!r} has to hold strings or whole numbers, but it holds {feature}."
+        )
+    values = sorted(set(splits["train"][label_column]))
+    if unseen := set(splits["eval"][label_column]) - set(values):
+        raise SystemExit(f"Error: the labels {sorted(unseen)} are on the eval side only: remove them or split anew.")
+    ids = {value: index for index, value in enumerate(values)}
+    # A new column, as the old one may be of another type.
+    for name, split in splits.items():
+        numbers = [ids[value] for value in split[label_column]]
+        splits[name] = split.remove_columns(label_column).add_column(label_column, numbers)
+    return splits, [str(value) for value in values]
+
+
+def main() -> None:
+    args = read_arguments()
+
+    # Data: two sides with a text and a label column.
+    if args.dataset:
+        train, held_out = load_splits(args)
+        splits, labels = number_labels(DatasetDict(train=train, eval=held_out), args.text_column, args.label_column)
+    else:
+        corpus = stdlib_corpus(args.max_length or 1024, max_per_label=30, seed=args.seed)
+        splits, labels = DatasetDict(train=corpus.train, eval=corpus.eval), corpus.labels
+    if args.max_train_examples:
+        size = min(args.max_train_examples, len(splits["train"]))
+        splits["train"] = splits["train"].shuffle(seed=args.seed).select(range(size))
+
+    # Model and tokenizer: what --model names, or new ones.
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    if args.model:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model, **names)
+        # Models of this package say how long an input may be; elsewhere the tokenizer knows.
+        known = getattr(config, "max_input_length", getattr(config, "max_position_embeddings", None))
+        longest = min(tokenizer.model_max_length, known or tokenizer.model_max_length)
+        max_length = args.max_length or longest
+        if max_length > longest:
+            raise SystemExit(f"Error: --max-length is {max_length}, but {args.model} takes {longest} tokens at most.")
+
+        # A head for another number of labels is replaced by a new one.
+        load = partial(
+            AutoModelForSequenceClassification.from_pretrained, args.model, config=config, ignore_mismatched_sizes=True
+        )
+    else:
+        max_length = args.max_length or 1024
+        tokenizer = train_tokenizer(splits["train"][args.text_column], max_length=max_length)
+        load = partial(EffLongformerForSequenceClassification, small_config(tokenizer, labels, max_length))
+
+    def build() -> PreTrainedModel:
+        model = load()
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    data = {
+        name: tokenize_texts(split, tokenizer, max_length, args.text_column, args.label_column)
+        for name, split in splits.items()
+    }
+
+    trainer = Trainer(
+        model_init=build,  # a function: Trainer seeds before it calls it
+        args=TrainingArguments(
+            output_dir=args.output_dir,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate or (5e-5 if args.model else 2e-3),
+            warmup_steps=0.1,  # a share of all steps
+            adam_beta2=0.98,
+            bf16=args.bf16,
+            use_cpu=args.cpu,
+            dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            logging_steps=20,
+            report_to="none",
+            seed=args.seed,
+            push_to_hub=args.push_to_hub,
+            hub_model_id=args.hub_model_id,
+        ),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy,
+    )
+    checkpoint = None
+    if args.resume:
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise SystemExit(f"Error: {args.output_dir} holds no checkpoint to go on from: leave --resume out.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()  # the model, its config and the tokenizer: all that from_pretrained and pipeline need
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+    print(f"\nHeld-out accuracy {metrics['eval_accuracy']:.1%} on {len(data['eval'])} documents, {len(labels)} labels.")
+    print(f"Saved in {args.output_dir}. To use it:\n")
+    print("    import hf_efficient_attn")
+    print("    from transformers import pipeline")
+    print(f'    pipeline("text-classification", model="{args.output_dir}")("some text", truncation=True)')
+
+
+if __name__ == "__main__":
+    main()

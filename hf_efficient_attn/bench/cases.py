@@ -1,0 +1,224 @@
+"""What can be measured: model kinds, sizes, cases, bounds and results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+MODES = ("forward", "train")
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "sgd")
+OK, OVER_MEMORY, OVER_TIME, FAILED, NO_TIME = "ok", "over memory", "over time", "failed", "no time left"
+
+
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    if value not in names:
+        raise ValueError(f"{name} is {value!r}, which is not known: pass one of {', '.join(names)}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}, but it has to be positive: pass a number above 0.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model to measure.
+
+    Args:
+        model_type: the name the Auto classes know it by.
+        quadratic: time and memory grow with the square of the length (else linearly); predictions use it.
+        windowed: the config takes an `attention_window`.
+        extra_positions: rows of the position table that no token uses (RoBERTa-style tables reserve two).
+        attn_implementation: passed to the Auto class where the model can choose.
+    """
+
+    model_type: str
+    quadratic: bool
+    windowed: bool
+    extra_positions: int = 0
+    attn_implementation: str | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "eff_longformer": Kind("eff_longformer", quadratic=False, windowed=True, extra_positions=2),
+    "longformer": Kind("longformer", quadratic=False, windowed=True, extra_positions=2),
+    "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model; `attention_window` is the total even width, None for kinds that have no window."""
+
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 2
+    intermediate_size: int = 512
+    vocab_size: int = 4096
+    attention_window: int | None = 128
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None:
+                _positive(name, value)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} and num_heads {self.num_heads}, but the heads share the hidden "
+                "size evenly: pass a hidden_size that is a multiple of num_heads."
+            )
+        if self.attention_window is not None and self.attention_window % 2:
+            raise ValueError(
+                f"attention_window is {self.attention_window}, but it counts both sides of a token: pass an even width."
+            )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a model kind and size at one length, a forward pass or a training step.
+
+    Args:
+        kind: a key of `KINDS`.
+        length: tokens in each example; all of them valid, no padding.
+        mode: "forward" (eval mode, no gradients) or "train" (forward, backward and optimizer step, dropout as the
+            config has it).
+        size: the model's size.
+        dtype: of weights and activations.
+        threads: CPU threads; None leaves torch's default.
+        batch_size: examples a pass.
+        optimizer: "adamw" or "sgd"; for "train" only.
+        seed: of the token ids.
+
+    Raises:
+        ValueError: a name that is not known or a number that is not positive.
+    """
+
+    kind: str
+    length: int
+    mode: str = "forward"
+    size: ModelSize = field(default_factory=ModelSize)
+    dtype: str = "float32"
+    threads: int | None = None
+    batch_size: int = 1
+    optimizer: str = "adamw"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _one_of("mode", self.mode, MODES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _positive("length", self.length)
+        _positive("batch_size", self.batch_size)
+        if self.threads is not None:
+            _positive("threads", self.threads)
+        if KINDS[self.kind].windowed and self.size.attention_window is None:
+            raise ValueError(f"{self.kind} needs an attention_window, but its size has None: pass an even width.")
+
+    @property
+    def series(self) -> Case:
+        """The same case without its length: cases of one series differ in nothing else."""
+        return replace(self, length=1)
+
+    @property
+    def label(self) -> str:
+        """The kind, with its window where it has one."""
+        return f"{self.kind} w={self.size.attention_window}" if KINDS[self.kind].windowed else self.kind
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Case:
+        """The case that `to_json` wrote."""
+        return cls(**{**data, "size": ModelSize(**data["size"])})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one case may use: seconds for one pass or step, bytes of resident memory for its whole process."""
+
+    seconds: float
+    memory_bytes: int
+
+    def __post_init__(self) -> None:
+        _positive("seconds", self.seconds)
+        _positive("memory_bytes", self.memory_bytes)
+
+
+@dataclass
+class Result:
+    """What came out of one case.
+
+    Args:
+        case: what was measured.
+        status: "ok", "over memory", "over time", "failed", or "no time left" where the total time was used up.
+        predicted: the case was not started, its status is an extrapolation from smaller lengths.
+        seconds: each timed run, in order.
+        peak_bytes: peak resident memory of the warm-up and the timed runs, less the resident memory after the model
+            was built; None where the system does not tell.
+        base_bytes: resident memory after the model was built.
+        detail: the reason, for anything but "ok".
+    """
+
+    case: Case
+    status: str = OK
+    predicted: bool = False
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    base_bytes: int | None = None
+    detail: str = ""
+
+    @property
+    def median(self) -> float | None:
+        """Median of the timed runs, in seconds."""
+        return statistics.median(self.seconds) if self.status == OK and self.seconds else None
+
+    @property
+    def verdict(self) -> str:
+        """The status as it is printed."""
+        return f"{self.status}, predicted" if self.predicted else self.status
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """The result that `to_json` wrote."""
+        return cls(**{**data, "case": Case.from_json(data["case"])})
+
+
+def make_cases(
+    kinds: Iterable[str],
+    lengths: Iterable[int],
+    modes: Iterable[str] = MODES,
+    sizes: Iterable[ModelSize] = (ModelSize(),),
+    **common: Any,
+) -> list[Case]:
+    """Every combination, ordered so that what is to be compared is measured next to each other.
+
+    Args:
+        kinds: keys of `KINDS`.
+        lengths: tokens; measured from the shortest to the longest.
+        modes: "forward", "train" or both.
+        sizes: model sizes; kinds without a window take those that differ only in their window once.
+        common: further fields of `Case`, the same for all.
+
+    Raises:
+        ValueError: as for `Case`.
+    """
+    cases: dict[Case, None] = {}
+    sizes = list(sizes)
+    for length in sorted(set(lengths)):
+        for mode in modes:
+            for kind in kinds:
+                _one_of("kind", kind, KINDS)
+                for size in sizes if KINDS[kind].windowed else [replace(s, attention_window=None) for s in sizes]:
+                    cases[Case(kind, length, mode, size, **common)] = None
+    return list(cases)

@@ -1,0 +1,18 @@
+"""Packages that only the demo and the benchmark need."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def require_extras(*modules: str) -> None:
+    """Check that the modules of the extra `demo` are there, before any work is done.
+
+    Raises:
+        ValueError: one is missing; the message says how to install it.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f'{", ".join(missing)} cannot be imported, but this command needs it: pip install "hf_efficient_attn[demo]"'
+        )

@@ -1,0 +1,196 @@
+"""What the measurements look like: tables, a csv file, a plot."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cases import OK, Case, Result
+from .memory import MIB
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MODE_NAMES = {"forward": "forward pass", "train": "training step"}
+
+
+def describe(result: Result) -> str:
+    """One line: what was measured and what came out."""
+    what = f"{result.case.label}, {result.case.length:,} tokens, {MODE_NAMES[result.case.mode]}"
+    if result.median is None:
+        return f"{what}: {result.verdict} ({result.detail})"
+    return f"{what}: {_seconds(result)} s ({_spread(result)}), {_mebibytes(result)} MiB"
+
+
+def print_tables(results: Sequence[Result], console: Console | None = None) -> None:
+    """Print one table a mode, with one row a case; ratios are to the first model measured at that length.
+
+    Args:
+        results: what `run_cases` returned.
+        console: where to; by default standard output.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    for mode, name in MODE_NAMES.items():
+        chosen = sorted((r for r in results if r.case.mode == mode), key=lambda result: result.case.length)
+        if chosen:
+            console.print(_table(chosen, name))
+            console.print()
+
+
+def _table(results: Sequence[Result], name: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    labels = _labels(results)
+    table = Table(
+        title=f"Time and peak memory of one {name}",
+        caption=f"x: times that of {labels[results[0].case.series]} at the same length",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for column in ("tokens", "model", "median s (min - max)", "x", "peak MiB", "x"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for index, result in enumerate(results):
+        length = result.case.length
+        first = next(other for other in results if other.case.length == length)
+        last = index + 1 == len(results) or results[index + 1].case.length != length
+        if result.median is None:
+            figures = (result.verdict, "", "", "")
+        else:
+            ratios = _ratio(result.median, first.median), _ratio(result.peak_bytes, first.peak_bytes)
+            figures = (f"{_seconds(result)} ({_spread(result)})", ratios[0], _mebibytes(result), ratios[1])
+        table.add_row(f"{length:,}" if result is first else "", labels[result.case.series], *figures, end_section=last)
+    return table
+
+
+def write_csv(results: Sequence[Result], path: str | Path) -> Path:
+    """Write one row a case: its settings, its status, times in seconds, memory in bytes.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    rows = [_row(result) for result in results]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def plot(results: Sequence[Result], path: str | Path, title: str = "") -> Path:
+    """Draw time and peak memory over length, one row a mode, and save it as an image.
+
+    Cases past the bounds are listed in a corner.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    from .extras import require_extras
+
+    require_extras("matplotlib")
+    # Not through pyplot: that would choose a backend for the whole program.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    modes = [mode for mode in MODE_NAMES if any(result.case.mode == mode for result in results)]
+    figure = Figure(figsize=(10, 0.6 + 3.6 * len(modes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(modes), 2, squeeze=False)
+    for row, mode in enumerate(modes):
+        chosen = [result for result in results if result.case.mode == mode]
+        _draw(axes[row][0], chosen, f"{MODE_NAMES[mode]}: time", "seconds (bar: min to max)", _time_point)
+        _draw(axes[row][1], chosen, f"{MODE_NAMES[mode]}: peak memory", "MiB above the built model", _memory_point)
+    axes[0][0].legend(fontsize="small")
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw(axis: Any, results: Sequence[Result], title: str, unit: str, point: Any) -> None:
+    axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel=unit)
+    lengths = sorted({result.case.length for result in results})
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
+    axis.grid(True, alpha=0.3)
+    drawn: list[float] = []
+    notes: list[str] = []
+    for index, (series, label) in enumerate(_labels(results).items()):
+        members = [result for result in results if result.case.series == series]
+        points = [(result.case.length, *point(result)) for result in members if result.status == OK and point(result)]
+        errors = [[middle - low for _, middle, low, _ in points], [high - middle for _, middle, _, high in points]]
+        lines = {"marker": "o", "capsize": 3, "color": f"C{index}", "label": label}
+        axis.errorbar([p[0] for p in points], [p[1] for p in points], yerr=errors, **lines)
+        drawn += [value for p in points for value in p[2:]]
+        notes += [f"{label} at {r.case.length:,}: {r.verdict}" for r in members if r.status != OK]
+    if drawn:
+        axis.set_ylim(min(drawn) / 2, max(drawn) * 2)
+    # Curves rise to the right, so this corner is free.
+    axis.text(0.98, 0.03, "\n".join(notes), transform=axis.transAxes, fontsize="x-small", ha="right", va="bottom")
+
+
+def _time_point(result: Result) -> tuple[float, float, float] | None:
+    return None if result.median is None else (result.median, min(result.seconds), max(result.seconds))
+
+
+def _memory_point(result: Result) -> tuple[float, float, float] | None:
+    # A logarithmic axis has no zero: a pass that stayed within what the process already had is drawn at 0.1 MiB.
+    value = None if result.peak_bytes is None else max(result.peak_bytes / MIB, 0.1)
+    return None if value is None else (value, value, value)
+
+
+def _row(result: Result) -> dict[str, object]:
+    case = result.case.to_json()
+    size = case.pop("size")
+    timed = result.status == OK and bool(result.seconds)
+    return {
+        **case,
+        **size,
+        "status": result.status,
+        "predicted": result.predicted,
+        "runs": len(result.seconds) if timed else 0,
+        "seconds_median": result.median,
+        "seconds_min": min(result.seconds) if timed else None,
+        "seconds_max": max(result.seconds) if timed else None,
+        "peak_bytes": result.peak_bytes if timed else None,
+        "detail": result.detail,
+    }
+
+
+def _labels(results: Sequence[Result]) -> dict[Case, str]:
+    # The window only where it tells two series apart: tables are narrow.
+    series = list(dict.fromkeys(result.case.series for result in results))
+    kinds = Counter(case.kind for case in series)
+    return {case: case.label if kinds[case.kind] > 1 else case.kind for case in series}
+
+
+def _ratio(value: float | None, first: float | None) -> str:
+    return f"{value / first:.2f}" if value is not None and first else ""
+
+
+def _seconds(result: Result) -> str:
+    return "" if result.median is None else f"{result.median:.3g}"
+
+
+def _spread(result: Result) -> str:
+    return f"{min(result.seconds):.2g} - {max(result.seconds):.2g}"
+
+
+def _mebibytes(result: Result) -> str:
+    return "?" if result.peak_bytes is None else f"{result.peak_bytes / MIB:,.0f}"

@@ -1,0 +1,145 @@
+"""The command `hf-efficient-attn`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    help="Efficient-attention Transformers as ordinary Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.callback()
+def _commands() -> None:
+    """Efficient-attention Transformers as ordinary Hugging Face models."""
+    # Read when PyTorch is imported, which the commands do. By default its threads spin while they wait for each other,
+    # and on cores shared with other programs they then keep those they wait for from running: up to 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the model, the csv file and the plot.")] = Path(
+        "demo-output"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A trial run: few short documents, short lengths.")] = False,
+    bench: Annotated[bool, typer.Option(help="Measure time and memory after the training.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the training.")] = 0,
+) -> None:
+    """Fine-tune an EffLongformer on long documents, check what was saved, and measure it against BERT and Longformer.
+
+    Takes under four minutes on two CPU cores and needs no network.
+    The documents are source files of Python's standard library, to be told apart by package.
+    """
+    with _one_line_errors():
+        typer.echo("Loading PyTorch and Transformers ...")
+        from .demo import QUICK, DemoSettings, run_demo
+
+        run_demo(output_dir, settings=QUICK if quick else DemoSettings(), bench=bench, seed=seed)
+
+
+@app.command()
+def bench(
+    families: Annotated[str, typer.Option(help="Model kinds, separated by commas.")] = "eff_longformer,longformer,bert",
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "1024,4096,16384",
+    modes: Annotated[str, typer.Option(help="forward, train or both.")] = "forward,train",
+    windows: Annotated[str, typer.Option(help="Attention windows (total, even), separated by commas.")] = "128",
+    hidden_size: Annotated[int, typer.Option(help="Hidden size.")] = 128,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 2,
+    intermediate_size: Annotated[int | None, typer.Option(help="Feed-forward width; default: 4 x hidden.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd, for training steps.")] = "adamw",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 5,
+    max_seconds: Annotated[float, typer.Option(help="Bound for one pass or step.")] = 60.0,
+    max_memory_gib: Annotated[
+        float | None, typer.Option(help="Bound for one process; default: 80 % of the free memory.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for benchmark.csv and benchmark.png.")] = None,
+) -> None:
+    """Measure time and peak memory of model kinds over length, each case in a process of its own, within bounds.
+
+    What goes past a bound is reported as 'over time' or 'over memory'.
+    What is predicted to go past, from the shorter lengths, is not started.
+    """
+    with _one_line_errors():
+        from .bench import (
+            GIB,
+            Bounds,
+            ModelSize,
+            available_bytes,
+            describe,
+            make_cases,
+            plot,
+            print_tables,
+            require_extras,
+            run_cases,
+            write_csv,
+        )
+
+        require_extras("rich", *(["matplotlib"] if output_dir is not None else []))
+        sizes = [
+            ModelSize(hidden_size, layers, heads, intermediate_size or 4 * hidden_size, vocab_size, window)
+            for window in _numbers("windows", windows)
+        ]
+        common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer}
+        cases = make_cases(_names(families), _numbers("lengths", lengths), _names(modes), sizes, **common)
+        free = available_bytes()
+        memory = (8 * GIB if free is None else 0.8 * free) if max_memory_gib is None else max_memory_gib * GIB
+        bounds = Bounds(max_seconds, int(memory))
+        typer.echo(
+            f"{len(cases)} cases, at most {max_seconds:g} s a pass and {memory / GIB:.1f} GiB a process; "
+            f"the time is the median of {repeats} runs."
+        )
+        results = run_cases(cases, bounds, repeats=repeats, on_result=lambda result: typer.echo(describe(result)))
+        print_tables(results)
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            title = f"hidden size {hidden_size}, {layers} layers, {dtype}, batch {batch_size}"
+            typer.echo(f"csv   {write_csv(results, output_dir / 'benchmark.csv')}")
+            typer.echo(f"plot  {plot(results, output_dir / 'benchmark.png', title)}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(name) for name in _names(text)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"--{option} is {text!r}, but it has to be whole numbers separated by commas: 1024,4096.")
+    return numbers
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
