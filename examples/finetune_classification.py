@@ -7,8 +7,9 @@
 --dataset takes whatever `datasets.load_dataset` can read, and a folder with one subfolder of .txt files for each label.
 Without it the documents are source files of Python's standard library, to be told apart by package. --model takes any
 folder or Hub name that AutoModelForSequenceClassification can load, of this package's families or another. Without it a
-small EffLongformer is trained from scratch, with a tokenizer trained on the texts. On CPU cores shared with other programs
-set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other down.
+small EffLongformer is trained from scratch, with a tokenizer trained on the texts.
+
+On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
 """
 
 import argparse

@@ -51,14 +51,14 @@ class DemoSettings:
 
     max_length: int = 2048
     num_packages: int = 10
-    max_per_label: int | None = None
+    max_per_label: int | None = 50
     epochs: float = 6
-    train_seconds: float = 100.0
+    train_seconds: float = 95.0
     bench_lengths: tuple[int, ...] = (1024, 4096, 16384)
     bench_repeats: int = 3
     case_seconds: float = 4.0
     bounds: Bounds | None = None
-    total_seconds: float = 200.0
+    total_seconds: float = 195.0
     compared: int = 32
 
 
