@@ -68,6 +68,8 @@ def read_arguments() -> argparse.Namespace:
 def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """The training and the evaluation side of --dataset."""
     path = Path(args.dataset)
+    if args.eval_dataset and path.suffix not in LOADERS:
+        raise SystemExit(f"Error: --eval-dataset goes with a file, not with {path}: use --eval-split.")
     if path.suffix in LOADERS:
         files = {args.train_split: args.dataset}
         if args.eval_dataset:

@@ -122,7 +122,7 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_tables(results)
     table = capsys.readouterr().out
     assert "one forward pass" in table and "one training step" in table
-    assert "over memory, predicted" in table and "4.1 (4.1 - 4.1)" in table
+    assert "over memory, predicted" in table and "4.10 (4.10 - 4.10)" in table
 
     rows = list(csv.DictReader(write_csv(results, tmp_path / "b.csv").open()))
     assert len(rows) == len(cases)

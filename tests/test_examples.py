@@ -99,6 +99,7 @@ def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> N
         (["--dataset", "none.csv"], "there is no file none.csv"),
         (["--dataset", "rows.csv"], "no column 'text', it has body, topic: name the columns with --text-column"),
         (["--dataset", "rows.csv", "--train-split", "a", "--eval-split", "b"], "has no split 'b': it has a"),
+        (["--dataset", "some/name", "--eval-dataset", "rows.csv"], "--eval-dataset goes with a file"),
         (["--dataset", "rows.xml"], "ends in '.xml', which is not known"),
         (["--dataset", "floats.csv"], "column 'label' has to hold strings or whole numbers"),
         (["--dataset", "gaps.csv"], "column 'label' is empty in"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def describe(result: Result) -> str:
     what = f"{result.case.label}, {result.case.length:,} tokens, {MODE_NAMES[result.case.mode]}"
     if result.median is None:
         return f"{what}: {result.verdict} ({result.detail})"
-    return f"{what}: {_seconds(result)} s ({_spread(result)}), {_mebibytes(result)} MiB"
+    return f"{what}: {_seconds(result)} s, {_mebibytes(result)} MiB"
 
 
 def print_tables(results: Sequence[Result], console: Console | None = None) -> None:
@@ -68,7 +69,7 @@ def _table(results: Sequence[Result], name: str) -> Table:
             figures = (result.verdict, "", "", "")
         else:
             ratios = _ratio(result.median, first.median), _ratio(result.peak_bytes, first.peak_bytes)
-            figures = (f"{_seconds(result)} ({_spread(result)})", ratios[0], _mebibytes(result), ratios[1])
+            figures = (_seconds(result), ratios[0], _mebibytes(result), ratios[1])
         table.add_row(f"{length:,}" if result is first else "", labels[result.case.series], *figures, end_section=last)
     return table
 
@@ -128,6 +129,8 @@ def _draw(axis: Any, results: Sequence[Result], title: str, unit: str, point: An
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.set_xticks([], minor=True)
     axis.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
+    # Limits are set below: matplotlib's own choice warns where all values are equal.
+    axis.set_autoscale_on(False)
     axis.grid(True, alpha=0.3)
     drawn: list[float] = []
     notes: list[str] = []
@@ -185,11 +188,10 @@ def _ratio(value: float | None, first: float | None) -> str:
 
 
 def _seconds(result: Result) -> str:
-    return "" if result.median is None else f"{result.median:.3g}"
-
-
-def _spread(result: Result) -> str:
-    return f"{min(result.seconds):.2g} - {max(result.seconds):.2g}"
+    """Median and spread, all with the decimals that give the median three digits, down to 0.1 ms."""
+    decimals = min(max(2 - math.floor(math.log10(result.median)), 0), 4)
+    median, low, high = (f"{s:.{decimals}f}" for s in (result.median, min(result.seconds), max(result.seconds)))
+    return f"{median} ({low} - {high})"
 
 
 def _mebibytes(result: Result) -> str:

@@ -242,7 +242,7 @@ def _baselines(corpus: Corpus, trainer: object) -> tuple[float, float]:
     labels = list(train["labels"]), list(held_out["labels"])
     ids = list(train["input_ids"]), list(held_out["input_ids"])
     bag = bag_of_tokens_accuracy(ids[0], labels[0], ids[1], labels[1], len(corpus.tokenizer))
-    return majority_accuracy(*labels), bag
+    return majority_accuracy(labels[1]), bag
 
 
 def _measure(config: object, corpus: Corpus, settings: DemoSettings, seconds: float) -> list[Result]:
