@@ -195,7 +195,7 @@ def check_saved_model(folder: Path, documents: Dataset, logits: torch.Tensor) ->
     with torch.inference_mode():
         for text in texts:
             loaded.append(model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0])
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    classify = pipeline("text-classification", model=str(folder), device="cpu")
     classified = classify(texts, truncation=True, batch_size=4)
 
     expected, again = logits.softmax(-1), torch.stack(loaded).softmax(-1)
