@@ -143,6 +143,13 @@ def test_dropout_drops_without_bias(case: Case, variant: str) -> None:
 
 
 @ROW
+def test_dropping_everything_gives_zeros(case: Case, variant: str) -> None:
+    inputs = qkv(2, 40)
+    found = with_grads(formula(case, variant, None, is_global_of(case, variant, 2, 40, None), dropout_p=1.0), inputs)
+    assert all((tensor == 0).all() for tensor in found)
+
+
+@ROW
 def test_memory_is_linear_in_length(case: Case, variant: str) -> None:
     """Bytes that autograd keeps and their sizes, at 1,024 and 2,048 tokens; the model tests count every allocation."""
     if case.name == "softmax" or variant == "all global":

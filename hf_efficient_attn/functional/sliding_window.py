@@ -50,7 +50,8 @@ def sliding_window_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     options = {"radius": radius, "scale": scale, "dropout_p": dropout_p}
     steps = sorted(set(dilations))
-    if steps == [1] and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    views = steps == [1] and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
+    if views:
         mixed = blocked_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
     elif len(steps) == 1:
         mixed = _blocked(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)

@@ -209,11 +209,16 @@ class _Saved(NamedTuple):
         return torch.promote_types(self.query.dtype, torch.float32)
 
 
+def _drop_level(dropout_p: float) -> int:
+    """Signed 16-bit numbers below this are dropped: a share of `dropout_p`, at most all but one of 65,536."""
+    return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
+
+
 def _dropped(shape: torch.Size, dropout_p: float, generator: torch.Generator) -> Tensor:
     """Which entries dropout removes, bool; 16 random bits an entry, several times quicker than `bernoulli_`."""
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (words.view(torch.int16)[:count] < round(dropout_p * 2**16) - 2**15).view(shape)
+    return (words.view(torch.int16)[:count] < _drop_level(dropout_p)).view(shape)
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -282,8 +287,8 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _keep_share(dropout_p: float) -> float:
-    """The share that dropout keeps, at the 16 bits it is drawn with."""
-    return 1.0 - round(dropout_p * 2**16) / 2**16
+    """The share that dropout keeps, at the 16 bits it is drawn with; never 0, for it divides."""
+    return (2**15 - _drop_level(dropout_p)) / 2**16
 
 
 def _groups(windows: _Windows, saved: _Saved) -> Iterator[tuple[int, slice, slice, Tensor]]:
