@@ -49,6 +49,26 @@ def test_every_formula_compiles_with_inductor(case: Case) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@FAMILY
+@pytest.mark.parametrize("train", [False, True])
+def test_every_family_compiles_with_inductor(family: str, train: bool) -> None:
+    """Several examples, and the mask as an input of the graph."""
+    auto = "AutoModelForSequenceClassification"
+    model = build(family, auto, num_hidden_layers=2).train(train)
+    inputs = batch_of(model, auto, 3, 41)
+    inputs["attention_mask"][-1, :13] = 0
+    compiled = torch.compile(model, fullgraph=True)
+    ours, right = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(ours.logits, right.logits, rtol=1e-4, atol=1e-4)
+    if train:
+        parameters = list(model.parameters())
+        pairs = zip(
+            torch.autograd.grad(ours.loss, parameters), torch.autograd.grad(right.loss, parameters), strict=True
+        )
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 class Exported(nn.Module):
     """Positional inputs and plain tensors out, as torch.export wants them."""
 

@@ -196,6 +196,30 @@ def test_copies_and_pickles_still_record(family: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, states, strict=True))
 
 
+@FAMILY
+def test_a_copy_keeps_the_users_hooks(family: str) -> None:
+    model = build(family, "AutoModel")
+    model.encoder.layer[0].register_forward_hook(_halve)
+    inputs = batch_of(model, "AutoModel", 1, 9)
+    assert torch.equal(result_of(copy.deepcopy(model), inputs), result_of(model, inputs))
+
+
+def _halve(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output / 2
+
+
+@FAMILY
+def test_answers_in_padding_or_past_the_input_are_ignored(family: str) -> None:
+    model = build(family, "AutoModelForQuestionAnswering")
+    ids, keep = random_ids(3, 20), mask_of([20, 12, 7], 20, "left")
+    positions = torch.tensor([3, 0, 40])
+    loss = model(ids, keep, start_positions=positions, end_positions=positions).loss
+    alone = model(ids[:1], keep[:1], start_positions=positions[:1], end_positions=positions[:1]).loss
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
+    none = torch.full((3,), 40)
+    assert model(ids, keep, start_positions=none, end_positions=none).loss == 0
+
+
 @HEAD
 def test_loads_through_meta_device_and_dtype(family: str, auto: str) -> None:
     model = build(family, auto)

@@ -55,13 +55,33 @@ def as_bool_mask(name: str, mask: Tensor | None, batch: int, length: int) -> Ten
             f"{name} must be [batch, length] = [{batch}, {length}] with 1 at tokens that count, got shape "
             f"{list(mask.shape)}."
         )
+    # Only where looking costs no synchronisation.
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (mask != 0) & (mask != 1)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} contains {mask[wrong][0].item()}, but it marks tokens with 1 and the others with 0; "
+                "give such a mask (not an additive one)."
+            )
     return mask.bool()
 
 
-def check_ids(name: str, ids: Tensor | None, batch: int, length: int) -> None:
-    """Raises `ValueError` unless `ids` is None, `[batch, length]` or `[1, length]`."""
-    if ids is not None and (ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch)):
+def check_ids(name: str, ids: Tensor | None, batch: int, length: int, rows: int) -> None:
+    """Raises `ValueError` unless `ids` is None, or `[batch, length]` or `[1, length]` rows of a table of `rows`."""
+    if ids is None:
+        return
+    if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
         raise ValueError(f"{name} must be [batch, length] = [{batch}, {length}], got shape {list(ids.shape)}.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} are {ids.dtype}; these are rows of a table, give int64.")
+    # Only where looking costs no synchronisation.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (ids < 0) | (ids >= rows)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} contains {int(ids[wrong][0])}, but its table in this model has {rows} rows; "
+                "use the model's own tokenizer, or leave the argument out."
+            )
 
 
 def check_labels(name: str, labels: Tensor, classes: int, fix: str) -> None:
@@ -75,6 +95,14 @@ def check_labels(name: str, labels: Tensor, classes: int, fix: str) -> None:
         raise ValueError(
             f"{name} contains {int(labels[wrong][0])}, outside 0 to {classes - 1} (-100 is ignored); {fix}"
         )
+
+
+def check_positions(name: str, positions: Tensor) -> None:
+    """Raises `ValueError` unless `positions` are integers of 0 or more."""
+    if positions.dtype.is_floating_point:
+        raise ValueError(f"{name} are {positions.dtype}; these are token positions, give integers.")
+    if not torch.compiler.is_compiling() and bool((positions < 0).any()):
+        raise ValueError(f"{name} contains {int(positions.min())}; positions count from 0, past the input is ignored.")
 
 
 def check_one_per_example(name: str, labels: Tensor, batch: int) -> Tensor:

@@ -53,7 +53,12 @@ class Recorded(nn.Module):
     """A module whose outputs transformers records through hooks. The hooks cannot be pickled, so they stay behind."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forward_hooks": OrderedDict()}
+        hooks = OrderedDict(
+            (key, hook)
+            for key, hook in self._forward_hooks.items()
+            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+        )
+        return {**self.__dict__, "_forward_hooks": hooks}
 
 
 class AttentionBlock(Recorded):

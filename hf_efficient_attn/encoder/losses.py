@@ -1,10 +1,11 @@
 """Losses of the classification heads. They read the config and never write it, unlike transformers' own."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import EffEncoderConfig
-from .inputs import check_labels, check_one_per_example
+from .inputs import check_labels, check_one_per_example, check_positions
 
 
 def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEncoderConfig) -> Tensor:
@@ -30,11 +31,11 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEnco
                 f"labels have shape {list(labels.shape)} for a batch of {logits.shape[0]}; single-label classification "
                 "takes one integer an example. Set config.problem_type for another kind."
             )
-        labels = labels.reshape(-1).long()
+        labels = labels.reshape(-1)
         check_labels(
             "labels", labels, config.num_labels, f"load the model with num_labels={config.num_labels + 1} or more."
         )
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float(), labels.long())
     targets = labels.reshape(-1, 1) if labels.dim() == 1 and config.num_labels == 1 else labels
     if targets.shape != logits.shape:
         raise ValueError(
@@ -76,11 +77,22 @@ def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels.to(logits.device))
 
 
-def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Mean cross entropy of both ends `[batch]` over `[batch, length]` logits; an end past the input is ignored."""
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean cross entropy of both ends `[batch]` over `[batch, length]` logits; 0 if no end counts.
+
+    An end past the input, or in padding where `keep` `[batch, length]` is False, is ignored.
+    """
     batch, length = start_logits.shape
     start = check_one_per_example("start_positions", start, batch)
     end = check_one_per_example("end_positions", end, batch)
-    ends = [x.to(start_logits.device).clamp(0, length) for x in (start, end)]
-    pairs = zip((start_logits, end_logits), ends, strict=True)
-    return sum(F.cross_entropy(logits.float(), end, ignore_index=length) for logits, end in pairs) / 2
+    loss = 0.0
+    for name, logits, position in (("start", start_logits, start), ("end", end_logits, end)):
+        position = position.to(logits.device)
+        check_positions(f"{name}_positions", position)
+        position = position.clamp(0, length)
+        if keep is not None:
+            inside = keep.gather(1, position.clamp(max=length - 1)[:, None])[:, 0]
+            position = torch.where(inside, position, length)
+        total = F.cross_entropy(logits.float(), position, ignore_index=length, reduction="sum")
+        loss = loss + total / (position != length).sum().clamp(min=1)
+    return loss / 2

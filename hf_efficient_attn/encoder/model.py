@@ -8,7 +8,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,
+    capture_outputs,
+    maybe_install_capturing_hooks,
+)
 
 from .configuration import EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
@@ -29,6 +33,13 @@ class EffPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"(lm_head|predictions)\.bias$"]
 
     def __init__(self, config: EffEncoderConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, self.config_class):
+            name = self.config_class.__name__
+            types = (self.config_class.model_type, *self.config_class.original_model_types)
+            raise ValueError(
+                f"{type(self).__name__} got a {type(config).__name__}; it needs a {name}, such as "
+                f"{name}.from_pretrained(folder), which reads folders of {', '.join(types)}."
+            )
         # Fields may have been set since the config was built.
         config.check()
         super().__init__(config, *args, **kwargs)
@@ -66,6 +77,8 @@ class EffEncoderModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_output_capturing_hooks_installed": False})
+        # Otherwise made by `PreTrainedModel.__init__`, which loading a pickle does not call.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         maybe_install_capturing_hooks(self)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -141,8 +154,9 @@ class EffEncoderModel:
                 "model.set_attn_implementation('eager')."
             )
         batch, length = input_shape(input_ids, inputs_embeds, self.config)
-        check_ids("position_ids", position_ids, batch, length)
-        check_ids("token_type_ids", token_type_ids, batch, length)
+        check_ids("input_ids", input_ids, batch, length, self.embeddings.word_embeddings.num_embeddings)
+        check_ids("position_ids", position_ids, batch, length, self.config.max_position_embeddings)
+        check_ids("token_type_ids", token_type_ids, batch, length, self.config.type_vocab_size)
         key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, length))
         device = input_ids.device if input_ids is not None else inputs_embeds.device
         context = self.attention_context(input_ids, key_padding_mask, global_attention_mask, (batch, length), device)

@@ -283,7 +283,7 @@ class ForQuestionAnswering(TaskModel):
             raise ValueError("start_positions and end_positions belong together, got only one of them.")
         loss = None
         if start_positions is not None:
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions, keep)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),

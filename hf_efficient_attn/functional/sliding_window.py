@@ -123,27 +123,26 @@ def _blocked(
     key_position = starts + torch.arange(-radius, block + radius, device=device) * dilation
 
     usable = ((key_position >= 0) & (key_position < length))[None]
-    example = torch.arange(batch, device=device)[:, None, None] * length
-    key_row = example + key_position.clamp(0, length - 1)
+    example = torch.arange(batch, device=device)[:, None, None]
+    key_row = key_position.clamp(0, length - 1)[None].expand(batch, -1, -1)
     if key_padding_mask is not None:
-        usable = usable & torch.take(key_padding_mask, key_row)
+        usable = usable & key_padding_mask[example, key_row]
     if global_tokens is not None and global_tokens.slots > 0:
         # A global key stands in a column of its own, so its place in the window must not count it again.
-        usable = usable & ~torch.take(global_tokens.mask, key_row)
+        usable = usable & ~global_tokens.mask[example, key_row]
     offset = torch.arange(span, device=device)[None, :] - torch.arange(block, device=device)[:, None]
     allowed = usable[:, :, None, :] & ((offset >= 0) & (offset <= 2 * radius))
     if global_tokens is not None and global_tokens.slots > 0:
         seen = global_tokens.valid[:, None, None, :].expand(-1, allowed.shape[1], block, -1)
         allowed = torch.cat([allowed.expand(batch, -1, -1, -1), seen], dim=3)
-        global_row = example + global_tokens.index[:, None, :]
+        global_row = global_tokens.index[:, None, :]
         key_row = torch.cat([key_row, global_row.expand(-1, key_row.shape[1], -1)], dim=2)
     bias = masked_bias(allowed, query.dtype).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
 
     def gather(tensor: Tensor, rows: Tensor) -> Tensor:
-        table = tensor.transpose(1, 2).reshape(batch * length, heads * tensor.shape[-1])
-        return F.embedding(rows, table).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return tensor.transpose(1, 2)[example, rows].flatten(0, 1).transpose(1, 2)
 
-    query_row = example + query_position.clamp(max=length - 1)
+    query_row = query_position.clamp(max=length - 1)[None].expand(batch, -1, -1)
     mixed = F.scaled_dot_product_attention(
         gather(query, query_row),
         gather(key, key_row),
@@ -155,6 +154,5 @@ def _blocked(
     position = torch.arange(length, device=device)
     step = position // dilation
     row = (position % dilation * blocks + step // block) * block + step % block
-    row = torch.arange(batch, device=device)[:, None] * (dilation * blocks * block) + row
-    table = mixed.transpose(1, 2).reshape(batch * dilation * blocks * block, heads * value.shape[-1])
-    return F.embedding(row, table).unflatten(-1, (heads, -1)).transpose(1, 2)
+    table = mixed.transpose(1, 2).reshape(batch, dilation * blocks * block, heads, value.shape[-1])
+    return table.index_select(1, row).transpose(1, 2)

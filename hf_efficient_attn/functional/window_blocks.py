@@ -41,7 +41,7 @@ def blocked_window_attention(
         local_mask = ~global_tokens.mask if key_padding_mask is None else key_padding_mask & ~global_tokens.mask
         slots_valid = global_tokens.valid
         global_key, global_value = (gather_tokens(x, global_tokens.index) for x in (key, value))
-    seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0
     return _WindowAttention.apply(
         query, key, value, global_key, global_value, local_mask, slots_valid, radius, scale, dropout_p, seed
     )
@@ -51,10 +51,11 @@ class _Windows:
     """The blocks of one length: `count` blocks of `size` queries, each with the `span` keys around it."""
 
     def __init__(self, length: int, radius: int) -> None:
-        self.length, self.radius = length, radius
-        self.size = min(128, max(32, radius))
+        # A short input needs neither long blocks nor a window longer than itself.
+        self.length, self.radius = length, min(radius, length - 1)
+        self.size = min(128, max(32, radius), length)
         self.count = (length + self.size - 1) // self.size
-        self.span = self.size + 2 * radius
+        self.span = self.size + 2 * self.radius
         self.padded = self.count * self.size
 
     def blocks(self, tensor: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def _drop_level(dropout_p: float) -> int:
 def _dropped(shape: torch.Size, dropout_p: float, generator: torch.Generator) -> Tensor:
     """Which entries dropout removes, bool; 16 random bits an entry, several times quicker than `bernoulli_`."""
     count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     return (words.view(torch.int16)[:count] < _drop_level(dropout_p)).view(shape)
 
 
@@ -231,7 +232,7 @@ class _WindowAttention(torch.autograd.Function):
         batch, heads, length, width = saved.query.shape
         windows = _Windows(length, radius)
         result = saved.query.new_empty(batch, length, heads, width).transpose(1, 2)
-        totals = torch.empty(batch, heads * windows.count, windows.size, 1, dtype=saved.compute_dtype)
+        totals = torch.empty(batch, heads * windows.count, windows.size, 1, dtype=saved.compute_dtype, device="cpu")
         generator = torch.Generator().manual_seed(seed)
         with torch.autocast("cpu", enabled=False):
             for example, group, rows, bias in _groups(windows, saved):
