@@ -36,6 +36,21 @@ from hf_efficient_attn.demo import accuracy, small_config, stdlib_corpus, tokeni
 LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
@@ -46,15 +61,15 @@ def read_arguments() -> argparse.Namespace:
     data.add_argument("--eval-split", help="default: validation or test, else a fifth of the training side")
     data.add_argument("--text-column", default="text")
     data.add_argument("--label-column", default="label", help="strings or whole numbers")
-    data.add_argument("--max-train-examples", type=int, help="use only so many, for a trial")
+    data.add_argument("--max-train-examples", type=count, help="use only so many, for a trial")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="folder or Hub name; default: a new small EffLongformer")
-    model.add_argument("--max-length", type=int, help="tokens; default: 1024, or what --model can take")
+    model.add_argument("--max-length", type=count, help="tokens; default: 1024, or what --model can take")
     training = parser.add_argument_group("training")
     training.add_argument("--output-dir", default="finetuned")
-    training.add_argument("--epochs", type=float, default=6)
-    training.add_argument("--batch-size", type=int, default=4)
-    training.add_argument("--learning-rate", type=float, help="default: 2e-3 for a new model, 5e-5 for --model")
+    training.add_argument("--epochs", type=positive, default=6)
+    training.add_argument("--batch-size", type=count, default=4)
+    training.add_argument("--learning-rate", type=positive, help="default: 2e-3 for a new model, 5e-5 for --model")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     training.add_argument("--bf16", action="store_true")
     training.add_argument("--cpu", action="store_true", help="do not use an accelerator")

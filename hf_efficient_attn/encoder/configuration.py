@@ -136,7 +136,7 @@ class EffEncoderConfig(PreTrainedConfig):
                 f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
                 f"{self.num_attention_heads}; choose a multiple of the head count."
             )
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 1 or more.")
         for name in ("type_vocab_size", "position_offset"):
@@ -178,20 +178,9 @@ class EffEncoderConfig(PreTrainedConfig):
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         names = {field.name for field in fields(self)}
-        unknown = [
-            name
-            for name in kwargs
-            if not (
-                name.startswith("_") or name in _LIBRARY_NAMES or hasattr(self, name) or _is_generation_option(name)
-            )
-        ]
+        known = _LIBRARY_NAMES | set(self.attribute_map)
+        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; {hint}")
-
-
-def _is_generation_option(name: str) -> bool:
-    from transformers.generation.configuration_utils import GenerationConfig
-
-    return name in GenerationConfig._get_default_generation_params()

@@ -11,9 +11,9 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tenso
             "query, key and value must be [batch, heads, length, head_dim], got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; split the heads before the call."
         )
-    if key.shape != query.shape or value.shape[:3] != key.shape[:3]:
+    if key.shape != query.shape or value.shape != key.shape:
         raise ValueError(
-            "self-attention needs query, key and value of one batch, head count and length, got "
+            "self-attention needs query, key and value of one shape, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if key_padding_mask is not None:

@@ -44,7 +44,10 @@ def projected_attention(
     batch, heads, queries, head_dim = query.shape
     length, width = states.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
-    allowed = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    allowed = None
+    if key_padding_mask is not None:
+        allowed = key_padding_mask[:, None, None, :]
+        states = states.masked_fill(~key_padding_mask[:, :, None], 0.0)
     if reassociate is None:
         reassociate = queries < head_dim
     if not reassociate:
