@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ..functional import (
     TokenSlots,
     dense_attention,
-    dense_sliding_window_mask,
     gather_tokens,
     projected_attention,
     replace_tokens,
     select_tokens,
+    sliding_window_allowed,
     sliding_window_attention,
 )
 from .base import SelfAttention
@@ -123,12 +123,8 @@ class LongformerSelfAttention(SelfAttention):
                 global_tokens=global_tokens,
             )
             return self.merge(replace_tokens(mixed, rows, global_tokens)), None
-        window = dense_sliding_window_mask(
-            length, self.num_attention_heads, radius=self.radius, dilation=self.dilation, device=query.device
-        )
-        allowed = window | global_tokens.mask[:, None, None, :]
-        if key_padding_mask is not None:
-            allowed = allowed & key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
+        shape = {"radius": self.radius, "dilation": self.dilation}
+        allowed = sliding_window_allowed(key, key_padding_mask, global_tokens, **shape)
         mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
         weights = replace_tokens(weights, row_weights, global_tokens)
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights

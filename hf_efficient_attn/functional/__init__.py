@@ -7,18 +7,18 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 
 from .dense import dense_attention, softmax_attention
 from .projected import projected_attention
-from .sliding_window import dense_sliding_window_mask, sliding_window_attention
+from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
 
 
 __all__ = [
     "TokenSlots",
     "dense_attention",
-    "dense_sliding_window_mask",
     "gather_tokens",
     "projected_attention",
     "replace_tokens",
     "select_tokens",
+    "sliding_window_allowed",
     "sliding_window_attention",
     "softmax_attention",
 ]

@@ -4,14 +4,21 @@ import torch
 from torch import Tensor
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
-    """Raises `ValueError` unless all are `[batch, heads, length, head_dim]` with a `[batch, length]` bool mask."""
+def check_qkv(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, *, last_queries: bool = False
+) -> None:
+    """Raises `ValueError` unless all are `[batch, heads, length, head_dim]` with a `[batch, length]` bool mask.
+
+    With `last_queries` the query may be shorter: the last rows of the sequence of keys.
+    """
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ValueError(
             "query, key and value must be [batch, heads, length, head_dim], got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; split the heads before the call."
         )
-    if key.shape != query.shape or value.shape != key.shape:
+    shorter = last_queries and query.shape[2] < key.shape[2]
+    expected = (*key.shape[:2], query.shape[2], key.shape[3]) if shorter else key.shape
+    if tuple(query.shape) != tuple(expected) or value.shape != key.shape:
         raise ValueError(
             "self-attention needs query, key and value of one shape, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."

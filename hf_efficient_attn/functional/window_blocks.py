@@ -1,7 +1,7 @@
 """Sliding-window attention on a CPU: windows as overlapping views, and a backward pass that computes them again.
 
 The same function as the gathered form in `sliding_window.py`, for dilation 1 and eager mode. Keys and values are never
-expanded and no probabilities are kept: backward replays scores and dropout from the log-sum-exp of each row and a seed.
+expanded and no probabilities are kept: backward replays scores and dropout from the inputs and a seed.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from .inputs import masked_bias
 from .tokens import TokenSlots, gather_tokens
+from .window import Window, keys_in_windows, seen_global_keys
 
 
 # Not a public name of torch, so its absence is no error: the plain products do the same.
 _FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
-# Scores in memory at a time: enough for large matrix products, little beside a layer's activations.
-_CHUNK_BYTES = 48 * 2**20
+# Scores in memory at a time. Small enough for the processor's cache, where the passes over them are several times
+# quicker than in main memory; large enough that calling torch costs nothing beside the work.
+_CHUNK_BYTES = 4 * 2**20
 
 
 def blocked_window_attention(
@@ -29,169 +31,123 @@ def blocked_window_attention(
     key_padding_mask: Tensor | None,
     global_tokens: TokenSlots | None,
     *,
-    radius: int,
+    window: Window,
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
     """See `sliding_window_attention`; rows of padding are unspecified."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    local_mask, slots_valid, global_key, global_value = key_padding_mask, None, None, None
-    if global_tokens is not None and global_tokens.slots > 0:
-        # A global key stands in a column of its own, so its place in the window must not count it again.
-        local_mask = ~global_tokens.mask if key_padding_mask is None else key_padding_mask & ~global_tokens.mask
-        slots_valid = global_tokens.valid
-        global_key, global_value = (gather_tokens(x, global_tokens.index) for x in (key, value))
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0
-    return _WindowAttention.apply(
-        query, key, value, global_key, global_value, local_mask, slots_valid, radius, scale, dropout_p, seed
+    options = _Options(
+        window,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+        int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0,
     )
+    global_key = global_value = None
+    if global_tokens is not None and global_tokens.slots > 0:
+        global_key, global_value = (gather_tokens(x, global_tokens.index) for x in (key, value))
+    else:
+        global_tokens = None
+    counted = keys_in_windows(key_padding_mask, global_tokens)
+    return _WindowAttention.apply(query, key, value, global_key, global_value, counted, global_tokens, options)
 
 
-class _Windows:
-    """The blocks of one length: `count` blocks of `size` queries, each with the `span` keys around it."""
+class _Options(NamedTuple):
+    """What a call has besides tensors."""
 
-    def __init__(self, length: int, radius: int) -> None:
+    window: Window
+    scale: float
+    dropout_p: float
+    seed: int
+
+    @property
+    def drop_level(self) -> int:
+        """Signed 16-bit numbers below this are dropped: a share of `dropout_p`, at most all but one of 65,536."""
+        return min(round(self.dropout_p * 2**16), 2**16 - 1) - 2**15
+
+    @property
+    def keep_share(self) -> float:
+        """The share that dropout keeps, at the 16 bits it is drawn with; never 0, for it divides."""
+        return (2**15 - self.drop_level) / 2**16
+
+    def kept(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Which entries dropout keeps, 1.0 or 0.0; 16 random bits an entry, several times quicker than `bernoulli_`."""
+        count = like.numel()
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu")
+        words.random_(-(2**63), None, generator=generator)
+        # Straight into floats: comparing to bool and masking is several times slower.
+        return torch.ge(words.view(torch.int16)[:count].view(like.shape), self.drop_level, out=torch.empty_like(like))
+
+
+class _Blocks:
+    """The blocks of one length: `count` blocks of `size` queries, each with the `span` keys around it.
+
+    "Rows" below are the tokens of all heads behind one another, each head filled up to whole blocks, with the keys
+    that the first and last block look back and ahead to around them.
+    """
+
+    def __init__(self, length: int, window: Window) -> None:
         # A short input needs neither long blocks nor a window longer than itself.
-        self.length, self.radius = length, min(radius, length - 1)
-        self.size = min(128, max(32, radius), length)
+        self.length = length
+        self.window = Window(min(window.radius, length - 1), window.causal)
+        self.size = min(128, max(32, window.radius), length)
         self.count = (length + self.size - 1) // self.size
-        self.span = self.size + 2 * self.radius
+        self.span = self.size + self.window.width
         self.padded = self.count * self.size
 
-    def blocks(self, tensor: Tensor) -> Tensor:
-        """`[heads, length, d]` -> contiguous `[heads * count, size, d]`, zeros at the end."""
-        heads, _, width = tensor.shape
-        padded = tensor.new_zeros(heads, self.padded, width)
-        padded[:, : self.length] = tensor
-        return padded.view(heads * self.count, self.size, width)
+    def blocks(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[examples, heads, length, d]` -> contiguous `[examples * heads * count, size, d]`, zeros at the end."""
+        *outer, _, width = tensor.shape
+        padded = torch.empty(*outer, self.padded, width, dtype=dtype, device="cpu")
+        padded[:, :, : self.length] = tensor
+        padded[:, :, self.length :] = 0.0
+        return padded.view(-1, self.size, width)
 
-    def unblock(self, tensor: Tensor) -> Tensor:
-        """`[heads * count, size, d]` -> `[heads, length, d]`, a view."""
-        return tensor.view(-1, self.padded, tensor.shape[-1])[:, : self.length]
-
-    def buffer(self, tensor: Tensor) -> Tensor:
-        """`[heads, length, d]` -> rows of all heads behind one another with `radius` zeros around, `[rows, d]`.
-
-        The last window of a head runs into the next head's keys, which the bias hides.
-        """
-        heads, _, width = tensor.shape
-        rows = tensor.new_zeros(heads * self.padded + 2 * self.radius, width)
-        rows[self.radius : self.radius + heads * self.padded].view(heads, self.padded, width)[:, : self.length] = tensor
+    def rows(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[examples, heads, length, d]` -> rows `[examples * heads * padded + width, d]`, zeros around."""
+        *outer, _, width = tensor.shape
+        rows = self.empty_rows(outer[0] * outer[1], width, dtype)
+        inner = self.inner(rows).view(*outer, self.padded, width)
+        inner[:, :, : self.length] = tensor
         return rows
 
-    def views(self, rows: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys `start` to `stop` of every window of a buffer: overlapping views `[heads * count, stop - start, d]`."""
+    def empty_rows(self, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Rows of zeros."""
+        return torch.zeros(heads * self.padded + self.window.width, width, dtype=dtype, device="cpu")
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """The rows of tokens, without what is around them: a view."""
+        return rows[self.window.back : rows.shape[0] - self.window.ahead]
+
+    def windows(self, rows: Tensor, blocks: slice, start: int = 0, stop: int | None = None) -> Tensor:
+        """Keys `start` to `stop` of the windows of some blocks: overlapping views `[blocks, stop - start, d]`."""
         stop = self.span if stop is None else stop
         width = rows.shape[-1]
-        windows = (rows.shape[0] - 2 * self.radius) // self.size
-        return rows.as_strided((windows, stop - start, width), (self.size * width, width, 1), start * width)
+        return rows.as_strided(
+            (blocks.stop - blocks.start, stop - start, width),
+            (self.size * width, width, 1),
+            (blocks.start * self.size + start) * width,
+        )
 
-    def overlap_add(self, windows: Tensor) -> Tensor:
-        """Adjoint of `views(buffer(x))`: `[heads * count, span, d]` -> `[heads, length, d]`."""
-        width = windows.shape[-1]
-        rows = windows.new_zeros(windows.shape[0] * self.size + 2 * self.radius, width)
+    def add_windows_(self, rows: Tensor, blocks: slice, windows: Tensor) -> None:
+        """Add windows `[blocks, span, d]` to the rows they view."""
         # Pieces of at most one block do not overlap each other.
         for start in range(0, self.span, self.size):
             stop = min(start + self.size, self.span)
-            self.views(rows, start, stop).add_(windows[:, start:stop])
-        return self.unblock(rows[self.radius : rows.shape[0] - self.radius])
+            self.windows(rows, blocks, start, stop).add_(windows[:, start:stop])
 
-    def repeat(self, tensor: Tensor) -> Tensor:
-        """`[heads, slots, d]` -> `[heads * count, slots, d]`: the same for every block."""
-        return tensor[:, None].expand(-1, self.count, -1, -1).flatten(0, 1)
+    def bias(self, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask of the windows, `[examples, count, size, span]`; `counted` is `[examples, length]` bool."""
+        examples = 1 if counted is None else counted.shape[0]
+        usable = torch.zeros(examples, self.padded + self.window.width, dtype=torch.bool, device="cpu")
+        usable[:, self.window.back : self.window.back + self.length] = True if counted is None else counted
+        usable = usable.unfold(1, self.span, self.size)[:, :, None, :]
+        return masked_bias(usable & self.window.band(self.size, usable.device), dtype)
 
-    def sum_blocks(self, tensor: Tensor) -> Tensor:
-        """Adjoint of `repeat`."""
-        return tensor.unflatten(0, (-1, self.count)).sum(dim=1)
-
-    def bias(self, local_mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Additive mask of one example, `[count, size, span]`; `local_mask` is `[length]` bool."""
-        usable = torch.zeros(self.padded + 2 * self.radius, dtype=torch.bool, device=device)
-        usable[self.radius : self.radius + self.length] = True if local_mask is None else local_mask
-        offset = torch.arange(self.span, device=device)[None, :] - torch.arange(self.size, device=device)[:, None]
-        in_window = (offset >= 0) & (offset <= 2 * self.radius)
-        return masked_bias(usable.unfold(0, self.span, self.size)[:, None, :] & in_window, dtype)
-
-
-class _Scores(NamedTuple):
-    """Scores of some heads in blocks, `[heads * count, size, span]`, and those of global keys, `[..., slots]`."""
-
-    local: Tensor
-    extra: Tensor | None
-
-    def minus_exp_(self, row: Tensor) -> "_Scores":
-        """`exp(scores - row)`, in place; `row` is `[heads * count, size, 1]`."""
-        for part in self.parts():
-            part.sub_(row).exp_()
-        return self
-
-    def parts(self) -> list[Tensor]:
-        return [self.local] if self.extra is None else [self.local, self.extra]
-
-
-class _Heads:
-    """Some heads of one example, in blocks."""
-
-    def __init__(self, windows: _Windows, saved: "_Saved", example: int, heads: slice, scale: float) -> None:
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor[example, heads].to(saved.compute_dtype)
-
-        self.windows = windows
-        self.query = windows.blocks(pick(saved.query)) * scale
-        self.key_rows, self.value_rows = windows.buffer(pick(saved.key)), windows.buffer(pick(saved.value))
-        self.global_key = self.global_value = self.global_bias = None
-        if saved.global_key is not None:
-            self.global_key, self.global_value = (
-                windows.repeat(pick(x)) for x in (saved.global_key, saved.global_value)
-            )
-            self.global_bias = masked_bias(saved.slots_valid[example], saved.compute_dtype)
-
-    def scores(self, bias: Tensor) -> _Scores:
-        """Masked, scaled scores."""
-        local = torch.bmm(self.query, self.windows.views(self.key_rows).transpose(1, 2))
-        local.unflatten(0, (-1, self.windows.count)).add_(bias)
-        if self.global_key is None:
-            return _Scores(local, None)
-        return _Scores(local, torch.bmm(self.query, self.global_key.transpose(1, 2)).add_(self.global_bias))
-
-    def attend(self, bias: Tensor, dropout_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The result `[heads * count, size, d]` and the log-sum-exp of the scores `[heads * count, size, 1]`."""
-        scores = self.scores(bias)
-        top = torch.stack([x.amax(dim=-1, keepdim=True) for x in scores.parts()]).amax(dim=0)
-        scores.minus_exp_(top)
-        total = sum(x.sum(dim=-1, keepdim=True) for x in scores.parts())
-        mixed = None
-        for probs, values in zip(scores.parts(), self.values(), strict=True):
-            if dropout_p > 0.0:
-                probs.masked_fill_(_dropped(probs.shape, dropout_p, generator), 0.0)
-            mixed = torch.bmm(probs, values) if mixed is None else mixed.baddbmm_(probs, values)
-        return mixed.div_(total * _keep_share(dropout_p)), top.add_(total.log_())
-
-    def attend_fused(self, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The same without dropout, the windows through torch's fused kernel and the global keys joined to them."""
-        split = (-1, self.windows.count)
-        query, key, value = (
-            x.unflatten(0, split)
-            for x in (self.query, self.windows.views(self.key_rows), self.windows.views(self.value_rows))
-        )
-        mixed, total = _FUSED(query, key, value, attn_mask=bias[None], scale=1.0)
-        mixed, total = mixed.flatten(0, 1), total.flatten(0, 1)[:, :, None].to(mixed.dtype)
-        if self.global_key is None:
-            return mixed, total
-        extra = torch.bmm(self.query, self.global_key.transpose(1, 2)).add_(self.global_bias)
-        joined = torch.logaddexp(total, extra.logsumexp(dim=-1, keepdim=True))
-        mixed = mixed * (total - joined).exp_()
-        return mixed.baddbmm_(extra.sub_(joined).exp_(), self.global_value), joined
-
-    def values(self) -> list[Tensor]:
-        """Values of the windows and of the global keys, in the order of `_Scores.parts`."""
-        local = self.windows.views(self.value_rows)
-        return [local] if self.global_value is None else [local, self.global_value]
-
-    def keys(self) -> list[Tensor]:
-        """Keys, likewise."""
-        local = self.windows.views(self.key_rows)
-        return [local] if self.global_key is None else [local, self.global_key]
+    def global_bias(self, global_tokens: TokenSlots, dtype: torch.dtype) -> Tensor:
+        """Additive mask of the global keys, `[examples, count, size, slots]`."""
+        position = torch.arange(self.padded, device="cpu").view(self.count, self.size)
+        seen = seen_global_keys(global_tokens, self.window.causal, position)
+        return masked_bias(seen, dtype).expand(-1, self.count, self.size, -1)
 
 
 class _Saved(NamedTuple):
@@ -202,24 +158,155 @@ class _Saved(NamedTuple):
     value: Tensor
     global_key: Tensor | None
     global_value: Tensor | None
-    local_mask: Tensor | None
-    slots_valid: Tensor | None
+    counted: Tensor | None
+    global_tokens: TokenSlots | None
 
     @property
-    def compute_dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """The one to compute in."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
+    @property
+    def slots(self) -> int:
+        """Global keys an example."""
+        return 0 if self.global_key is None else self.global_key.shape[2]
 
-def _drop_level(dropout_p: float) -> int:
-    """Signed 16-bit numbers below this are dropped: a share of `dropout_p`, at most all but one of 65,536."""
-    return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
+
+class _Part:
+    """Some heads of some examples, in blocks; `bias` and `global_bias` are those of the examples."""
+
+    def __init__(
+        self,
+        shape: _Blocks,
+        saved: _Saved,
+        where: tuple[slice, slice],
+        scale: float,
+        biases: tuple[Tensor, Tensor | None],
+    ) -> None:
+        self.shape, self.where, self.scale = shape, where, scale
+        self.bias, self.global_bias = biases
+        self.outer = saved.query[where].shape[:2]
+        self.query = shape.blocks(saved.query[where], saved.dtype).mul_(scale)
+        self.key_rows, self.value_rows = (shape.rows(x[where], saved.dtype) for x in (saved.key, saved.value))
+        self.slots = saved.slots
+        self.global_key = self.global_value = None
+        if self.slots > 0:
+            self.global_key, self.global_value = (
+                x[where].flatten(0, 1).to(saved.dtype) for x in (saved.global_key, saved.global_value)
+            )
+
+    def chunks(self, step: int) -> Iterator[slice]:
+        """Ranges of at most `step` of the part's blocks, or all of them if it has more than one head."""
+        blocks = self.query.shape[0]
+        step = blocks if blocks > self.shape.count else step
+        for start in range(0, blocks, step):
+            yield slice(start, min(start + step, blocks))
+
+    def by_head(self, blocks: Tensor) -> Tensor:
+        """`[blocks, size, d]` -> `[heads, blocks a head * size, d]`, a view."""
+        return blocks.reshape(self.outer.numel(), -1, blocks.shape[-1])
+
+    def products(self, left: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
+        """`left` `[blocks, size, d]` times windows and global rows, `[blocks, size, span + slots]`."""
+        span = self.shape.span
+        both = left.new_empty(*left.shape[:2], span + self.slots)
+        torch.bmm(left, self.shape.windows(rows, blocks).transpose(1, 2), out=both[:, :, :span])
+        if self.slots > 0:
+            torch.bmm(self.by_head(left), global_rows.transpose(1, 2), out=self.by_head(both)[:, :, span:])
+        return both
+
+    def probs(self, blocks: slice) -> Tensor:
+        """Probabilities of windows and global keys together, `[blocks, size, span + slots]`."""
+        span = self.shape.span
+        scores = self.products(self.query[blocks], self.key_rows, self.global_key, blocks)
+        split = scores.view(*self.outer, -1, *scores.shape[1:])
+        split[..., :span] += self.bias[:, None, blocks]
+        if self.slots > 0:
+            split[..., span:] += self.global_bias[:, None, blocks]
+        return scores.softmax(dim=-1)
+
+    def mix(self, weights: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
+        """`weights` `[blocks, size, span + slots]` times windows and global rows, `[blocks, size, d]`."""
+        span = self.shape.span
+        mixed = torch.bmm(weights[:, :, :span], self.shape.windows(rows, blocks))
+        if self.slots > 0:
+            self.by_head(mixed).baddbmm_(self.by_head(weights)[:, :, span:], global_rows)
+        return mixed
+
+    def result_rows(self, blocks: slice) -> slice:
+        """The tokens that some blocks of one head, or all blocks of several, are about."""
+        if self.query.shape[0] > self.shape.count:
+            return slice(0, self.shape.length)
+        return slice(blocks.start * self.shape.size, min(blocks.stop * self.shape.size, self.shape.length))
+
+    def write(self, target: Tensor, mixed: Tensor, blocks: slice) -> None:
+        """Put `[blocks, size, d]` into `target` `[batch, heads, length, d]`."""
+        rows = self.result_rows(blocks)
+        mixed = mixed.view(*self.outer, -1, mixed.shape[-1])
+        target[self.where][:, :, rows] = mixed[:, :, : rows.stop - rows.start].to(target.dtype)
 
 
-def _dropped(shape: torch.Size, dropout_p: float, generator: torch.Generator) -> Tensor:
-    """Which entries dropout removes, bool; 16 random bits an entry, several times quicker than `bernoulli_`."""
-    count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-    return (words.view(torch.int16)[:count] < _drop_level(dropout_p)).view(shape)
+def _parts(shape: _Blocks, saved: _Saved, scale: float, chunk_bytes: int) -> tuple[int, Iterator[_Part]]:
+    """Blocks at a time, and the parts: as many heads, and examples, as one chunk holds, at least one head."""
+    batch, heads = saved.query.shape[:2]
+    block_bytes = shape.size * (shape.span + saved.slots) * saved.dtype.itemsize
+    at_once = max(1, chunk_bytes // block_bytes)
+    head_step = max(1, min(heads, at_once // shape.count))
+    batch_step = max(1, min(batch, at_once // (shape.count * heads)))
+
+    def parts() -> Iterator[_Part]:
+        bias, global_bias = shape.bias(None, saved.dtype) if saved.counted is None else None, None
+        for start in range(0, batch, batch_step):
+            examples = slice(start, min(start + batch_step, batch))
+            if saved.counted is not None:
+                bias = shape.bias(saved.counted[examples], saved.dtype)
+            if saved.global_tokens is not None:
+                tokens = TokenSlots(*(x[examples] for x in saved.global_tokens))
+                global_bias = shape.global_bias(tokens, saved.dtype)
+            for head in range(0, heads, head_step):
+                where = (examples, slice(head, min(head + head_step, heads)))
+                yield _Part(shape, saved, where, scale, (bias, global_bias))
+
+    return at_once, parts()
+
+
+def _add_gradients(
+    part: _Part, grad: Tensor, grads: list[Tensor | None], step: int, options: _Options, generator: torch.Generator
+) -> None:
+    """Write the part's share of the gradients of query, key, value, global key and global value."""
+    shape, where, dtype = part.shape, part.where, part.query.dtype
+    heads, width = part.outer.numel(), part.query.shape[-1]
+    key_grad, value_grad = (shape.empty_rows(heads, width, dtype) for _ in range(2))
+    if part.slots > 0:
+        global_key_grad, global_value_grad = torch.zeros_like(part.global_key), torch.zeros_like(part.global_value)
+    result_grad = shape.blocks(grad[where], dtype).div_(options.keep_share)
+    for blocks in part.chunks(step):
+        query, above = part.query[blocks], result_grad[blocks]
+        probs = part.probs(blocks)
+        probs_grad = part.products(above, part.value_rows, part.global_value, blocks)
+        used = probs
+        if options.dropout_p > 0.0:
+            kept = options.kept(probs, generator)
+            probs_grad.mul_(kept)
+            used = kept.mul_(probs)
+        scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, dtype)
+        for rows, weights, left in ((value_grad, used, above), (key_grad, scores_grad, query)):
+            shape.add_windows_(rows, blocks, torch.bmm(weights[:, :, : shape.span].transpose(1, 2), left))
+        if part.slots > 0:
+            for total, weights, left in (
+                (global_value_grad, used, above),
+                (global_key_grad, scores_grad, query),
+            ):
+                extra = part.by_head(weights)[:, :, shape.span :]
+                total.baddbmm_(extra.transpose(1, 2), part.by_head(left))
+        query_grad = part.mix(scores_grad, part.key_rows, part.global_key, blocks).mul_(part.scale)
+        part.write(grads[0], query_grad, blocks)
+    for target, rows in ((grads[1], key_grad), (grads[2], value_grad)):
+        tokens = shape.inner(rows).view(*part.outer, shape.padded, width)
+        target[where] = tokens[:, :, : shape.length].to(target.dtype)
+    if part.slots > 0:
+        for target, total in ((grads[3], global_key_grad), (grads[4], global_value_grad)):
+            target[where] = total.view(*part.outer, -1, width).to(target.dtype)
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -227,81 +314,36 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        saved = _Saved(*args[:7])
-        radius, scale, dropout_p, seed = args[7:]
+        saved, options = _Saved(*args[:-1]), args[-1]
         batch, heads, length, width = saved.query.shape
-        windows = _Windows(length, radius)
+        shape = _Blocks(length, options.window)
+        chunk_bytes = _CHUNK_BYTES * torch.get_num_threads()
         result = saved.query.new_empty(batch, length, heads, width).transpose(1, 2)
-        totals = torch.empty(batch, heads * windows.count, windows.size, 1, dtype=saved.compute_dtype, device="cpu")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(options.seed)
         with torch.autocast("cpu", enabled=False):
-            for example, group, rows, bias in _groups(windows, saved):
-                part = _Heads(windows, saved, example, group, scale)
-                if dropout_p > 0.0 or _FUSED is None:
-                    mixed, total = part.attend(bias, dropout_p, generator)
-                else:
-                    mixed, total = part.attend_fused(bias)
-                result[example, group] = windows.unblock(mixed).to(result.dtype)
-                totals[example, rows] = total
-        ctx.save_for_backward(*saved, result, totals)
-        ctx.options = (radius, scale, dropout_p, seed)
+            step, parts = _parts(shape, saved, options.scale, chunk_bytes)
+            for part in parts:
+                for blocks in part.chunks(step):
+                    probs = part.probs(blocks)
+                    if options.dropout_p > 0.0:
+                        probs.mul_(options.kept(probs, generator))
+                    mixed = part.mix(probs, part.value_rows, part.global_value, blocks)
+                    part.write(result, mixed.div_(options.keep_share), blocks)
+        ctx.save_for_backward(*saved[:6], *(saved.global_tokens or ()))
+        ctx.options = (options, chunk_bytes)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, result, totals = ctx.saved_tensors
-        saved = _Saved(*saved)
-        radius, scale, dropout_p, seed = ctx.options
-        windows = _Windows(saved.query.shape[2], radius)
-        grads = [None if x is None else torch.zeros_like(x, dtype=saved.compute_dtype) for x in saved[:5]]
-        grad_query, grad_key, grad_value, grad_global_key, grad_global_value = grads
-        generator = torch.Generator().manual_seed(seed)
+        tensors, tokens = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = _Saved(*tensors, TokenSlots(*tokens) if tokens else None)
+        options, chunk_bytes = ctx.options
+        shape = _Blocks(saved.query.shape[2], options.window)
+        grads = [None if x is None else torch.empty_like(x) for x in saved[:5]]
+        generator = torch.Generator().manual_seed(options.seed)
         with torch.autocast("cpu", enabled=False):
-            for example, group, rows, bias in _groups(windows, saved):
-                part = _Heads(windows, saved, example, group, scale)
-                probs = part.scores(bias).minus_exp_(totals[example, rows])
-                rows_grad = windows.blocks(grad[example, group].to(saved.compute_dtype))
-                inner = (rows_grad * windows.blocks(result[example, group].to(saved.compute_dtype))).sum(
-                    -1, keepdim=True
-                )
-                query_grad, key_grads, value_grads = None, [], []
-                for weights, keys, values in zip(probs.parts(), part.keys(), part.values(), strict=True):
-                    used, weights_grad = weights, torch.bmm(rows_grad, values.transpose(1, 2))
-                    if dropout_p > 0.0:
-                        dropped, share = _dropped(weights.shape, dropout_p, generator), _keep_share(dropout_p)
-                        used = weights.masked_fill(dropped, 0.0).div_(share)
-                        weights_grad.masked_fill_(dropped, 0.0).div_(share)
-                    value_grads.append(torch.bmm(used.transpose(1, 2), rows_grad))
-                    scores_grad = weights_grad.sub_(inner).mul_(weights)
-                    key_grads.append(torch.bmm(scores_grad.transpose(1, 2), part.query))
-                    step = torch.bmm(scores_grad, keys)
-                    query_grad = step if query_grad is None else query_grad.add_(step)
-                grad_query[example, group] = windows.unblock(query_grad.mul_(scale))
-                grad_key[example, group] = windows.overlap_add(key_grads[0])
-                grad_value[example, group] = windows.overlap_add(value_grads[0])
-                if grad_global_key is not None:
-                    grad_global_key[example, group] = windows.sum_blocks(key_grads[1])
-                    grad_global_value[example, group] = windows.sum_blocks(value_grads[1])
-        inputs_grad = [None if x is None else x.to(saved.query.dtype) for x in grads]
-        return (*inputs_grad, None, None, None, None, None, None)
-
-
-def _keep_share(dropout_p: float) -> float:
-    """The share that dropout keeps, at the 16 bits it is drawn with; never 0, for it divides."""
-    return (2**15 - _drop_level(dropout_p)) / 2**16
-
-
-def _groups(windows: _Windows, saved: _Saved) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Example by example some heads at a time: the example, the heads, their rows of blocks, the example's bias."""
-    batch, heads = saved.query.shape[:2]
-    head_bytes = windows.padded * windows.span * saved.compute_dtype.itemsize
-    step = max(1, min(heads, _CHUNK_BYTES // head_bytes))
-    bias = None
-    for example in range(batch):
-        if bias is None or saved.local_mask is not None:
-            mask = None if saved.local_mask is None else saved.local_mask[example]
-            bias = windows.bias(mask, saved.compute_dtype, saved.query.device)
-        for start in range(0, heads, step):
-            stop = min(start + step, heads)
-            yield example, slice(start, stop), slice(start * windows.count, stop * windows.count), bias
+            step, parts = _parts(shape, saved, options.scale, chunk_bytes)
+            for part in parts:
+                _add_gradients(part, grad, grads, step, options, generator)
+        return (*grads, None, None, None)
