@@ -54,8 +54,10 @@ ENCODER_HEADS = {
     "AutoModelForTextEncoding": "Model",
 }
 
+CAUSAL_HEADS = {"AutoModelForCausalLM": "ForCausalLM"}
+
 FAMILIES: dict[str, Family] = {
-    "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS, "RobertaTokenizer"),
+    "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

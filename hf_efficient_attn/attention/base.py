@@ -3,18 +3,20 @@
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention around one formula. A subclass adds its weights here and implements `attend`.
 
     Args:
-        config: has `hidden_size`, `num_attention_heads`, `attention_probs_dropout_prob` and `_attn_implementation`.
+        config: has `hidden_size`, `num_attention_heads`, `attention_probs_dropout_prob` and `_attn_implementation`, and
+            for the causal form `is_decoder`.
         layer_idx: index of the layer, from 0.
         options: the mechanism's options, an `options_class`; a config that has them as fields by default.
 
     Raises:
-        ValueError: `hidden_size` that the heads do not divide.
+        ValueError: `hidden_size` that the heads do not divide, or `is_decoder` where there is no causal form.
     """
 
     options_class: ClassVar[type | None] = None
@@ -23,8 +25,14 @@ class SelfAttention(nn.Module):
     backends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
     """The `attn_implementation` names this mechanism has; `eager` is the dense one that returns weights."""
 
+    has_causal_form: ClassVar[bool] = False
+    """Whether `is_decoder` gives a form in which no token attends a later one."""
+
     def __init__(self, config: Any, layer_idx: int, options: Any = None) -> None:
         super().__init__()
+        self.is_causal = bool(getattr(config, "is_decoder", False))
+        if self.is_causal and not self.has_causal_form:
+            raise ValueError(f"is_decoder = True: {type(self).__name__} has no causal form; leave it False.")
         self.config = config
         self.layer_idx = layer_idx
         self.options = config if options is None else options
@@ -55,12 +63,11 @@ class SelfAttention(nn.Module):
         """Attend within `hidden_states` `[batch, length, hidden]`.
 
         Args:
-            key_padding_mask: `[batch, length]` bool, True = attend.
-            context: what the family's model prepared once for all layers.
+            key_padding_mask: `[batch, length]` bool, True = attend; with a cache `[batch, cached + length]`.
+            context: what the family's model prepared once for all layers, and `past_key_values`, the cache.
 
         Returns:
-            `[batch, length, hidden]`, and from the eager backend the weights `[batch, heads, length, length]`,
-            else None.
+            `[batch, length, hidden]`, and from the eager backend the weights `[batch, heads, length, keys]`, else None.
         """
         backend = self.config._attn_implementation
         if backend not in self.backends:
@@ -75,6 +82,10 @@ class SelfAttention(nn.Module):
         return self.attend(
             hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context
         )
+
+    def make_cache_layer(self) -> CacheLayerMixin:
+        """An empty cache for this layer; raises `ValueError` where there is no causal form."""
+        raise ValueError(f"{type(self).__name__} has no causal form and therefore no cache.")
 
     def attend(
         self,

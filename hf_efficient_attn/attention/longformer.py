@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ..functional import (
     TokenSlots,
@@ -17,6 +18,7 @@ from ..functional import (
     sliding_window_attention,
 )
 from .base import SelfAttention
+from .cache import Prefix, WindowCacheLayer
 
 
 @dataclass(kw_only=True)
@@ -28,10 +30,13 @@ class LongformerOptions:
             number, or one a layer.
         attention_dilation: distance of neighbouring keys in a window; one number, or one entry a layer, each a number
             or a list with one number a head. Published encoders have 1.
+        causal_global: `"prefix"` lets the first tokens of an example be global in the causal form; None, as in the
+            paper's language models, allows no global tokens there. Without meaning for encoders.
     """
 
     attention_window: int | list[int] = 512
     attention_dilation: int | list[int | list[int]] = 1
+    causal_global: str | None = None
 
     def check_options(self, num_layers: int, num_heads: int) -> None:
         """Raises `ValueError` for windows or dilations that do not fit `num_layers` layers of `num_heads` heads."""
@@ -41,6 +46,8 @@ class LongformerOptions:
                 raise ValueError(
                     f"{name} has {len(value)} entries for {num_layers} layers; give one number or one entry a layer."
                 )
+        if self.causal_global not in (None, "prefix"):
+            raise ValueError(f"causal_global = {self.causal_global!r}: choose 'prefix' or None.")
         for layer in range(num_layers):
             window = self.window_of(layer)
             if window <= 0 or window % 2 != 0:
@@ -71,9 +78,14 @@ class LongformerSelfAttention(SelfAttention):
 
     A token attends its window and the global tokens, in one softmax with the local projections. The row of a global
     token is attention over all tokens with `query_global`, `key_global` and `value_global`.
+
+    In the causal form (`is_decoder`) the window looks back only. The paper's language models have no global tokens;
+    with `causal_global="prefix"` the first tokens of an example may be global: all later tokens attend them, and they
+    attend each other, up to themselves, with the global projections.
     """
 
     options_class = LongformerOptions
+    has_causal_form = True
 
     def __init__(self, config: Any, layer_idx: int, options: LongformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
@@ -82,6 +94,12 @@ class LongformerSelfAttention(SelfAttention):
         self.query_global = nn.Linear(config.hidden_size, config.hidden_size)
         self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
         self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def make_cache_layer(self) -> WindowCacheLayer:
+        """An empty cache: the window's reach, and a prefix of global tokens."""
+        return WindowCacheLayer(
+            self.radius * max(self.dilation if isinstance(self.dilation, list) else [self.dilation])
+        )
 
     def attend(
         self,
@@ -94,6 +112,7 @@ class LongformerSelfAttention(SelfAttention):
         dropout_p: float,
         backend: str,
         global_tokens: TokenSlots | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.attend`; `global_tokens` as in `sliding_window_attention`."""
         batch, length, _ = hidden_states.shape
@@ -101,30 +120,99 @@ class LongformerSelfAttention(SelfAttention):
             # No slots: the global projections still take part, with nothing to project, so their gradient is 0.
             nowhere = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
             global_tokens = select_tokens(nowhere, 0)
-        rows, row_weights = projected_attention(
-            self.split(self.query_global(gather_tokens(hidden_states, global_tokens.index))),
-            hidden_states,
-            key_padding_mask,
-            key_weight=self.key_global.weight,
-            key_bias=self.key_global.bias,
-            value_weight=self.value_global.weight,
-            value_bias=self.value_global.bias,
-            dropout_p=dropout_p,
-        )
-        if backend == "sdpa":
-            mixed = sliding_window_attention(
-                query,
-                key,
-                value,
+        columns = global_tokens
+        if self.is_causal:
+            prefix = self._prefix(hidden_states, key, value, global_tokens)
+            if past_key_values is not None:
+                prefix = self._cached_prefix(past_key_values, prefix)
+                key, value = past_key_values.update(key, value, self.layer_idx)
+                if key_padding_mask is None:
+                    seen = past_key_values.get_seq_length(self.layer_idx)
+                    key_padding_mask = torch.ones(batch, seen, dtype=torch.bool, device=key.device)
+                key, value, key_padding_mask, columns = _behind_prefix(key, value, key_padding_mask, prefix)
+            rows, row_weights = self._causal_rows(hidden_states, global_tokens, prefix, columns, dropout_p)
+        else:
+            rows, row_weights = projected_attention(
+                self.split(self.query_global(gather_tokens(hidden_states, global_tokens.index))),
+                hidden_states,
                 key_padding_mask,
+                key_weight=self.key_global.weight,
+                key_bias=self.key_global.bias,
+                value_weight=self.value_global.weight,
+                value_bias=self.value_global.bias,
                 dropout_p=dropout_p,
-                radius=self.radius,
-                dilation=self.dilation,
-                global_tokens=global_tokens,
             )
-            return self.merge(replace_tokens(mixed, rows, global_tokens)), None
-        shape = {"radius": self.radius, "dilation": self.dilation}
-        allowed = sliding_window_allowed(key, key_padding_mask, global_tokens, **shape)
-        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
-        weights = replace_tokens(weights, row_weights, global_tokens)
+        weights, shape = None, {"radius": self.radius, "dilation": self.dilation, "causal": self.is_causal}
+        if backend == "eager":
+            allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **shape)
+            mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
+            weights = replace_tokens(weights, row_weights, global_tokens)
+        else:
+            mixed = sliding_window_attention(
+                query, key, value, key_padding_mask, dropout_p=dropout_p, global_tokens=columns, **shape
+            )
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
+
+    def _prefix(self, hidden_states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:
+        """The input's own global tokens."""
+        states = gather_tokens(hidden_states, global_tokens.index)
+        return Prefix(
+            gather_tokens(key, global_tokens.index),
+            gather_tokens(value, global_tokens.index),
+            self.split(self.key_global(states)),
+            self.split(self.value_global(states)),
+            global_tokens.valid[:, None, :, None],
+        )
+
+    def _cached_prefix(self, past_key_values: Cache, prefix: Prefix) -> Prefix:
+        """The global tokens of this input and of those before it; kept in the cache."""
+        layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+        if isinstance(layer, WindowCacheLayer):
+            return layer.extend_prefix(prefix)
+        if prefix.valid.shape[2] > 0:
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, which has no place for global tokens; pass "
+                "model.make_cache(), or none and use_cache=True."
+            )
+        return prefix
+
+    def _causal_rows(
+        self,
+        hidden_states: Tensor,
+        global_tokens: TokenSlots,
+        prefix: Prefix,
+        columns: TokenSlots,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the input's global tokens: attention over the prefix up to themselves, with the global projections.
+
+        Returns:
+            `[batch, heads, slots, head_dim]`, and the weights over the keys that `columns` stand for.
+        """
+        query = self.split(self.query_global(gather_tokens(hidden_states, global_tokens.index)))
+        slots, before = global_tokens.slots, prefix.valid.shape[2] - global_tokens.slots
+        order = torch.arange(before + slots, device=query.device)
+        allowed = prefix.valid.transpose(2, 3) & (order[None, :] <= order[before:, None])
+        rows, weights = dense_attention(query, prefix.global_key, prefix.global_value, allowed, dropout_p=dropout_p)
+        keys = weights.new_zeros(*weights.shape[:3], columns.mask.shape[1])
+        return rows, keys.scatter_add(3, columns.index[:, None, None, :].expand_as(weights), weights)
+
+
+def _behind_prefix(
+    key: Tensor, value: Tensor, key_padding_mask: Tensor, prefix: Prefix
+) -> tuple[Tensor, Tensor, Tensor, TokenSlots]:
+    """Cached keys and values with those of the prefix in front, where they stand for good.
+
+    `key_padding_mask` covers every token so far; the result covers the keys. A global token that the window still
+    holds as well counts only in front.
+    """
+    batch, slots, kept = key.shape[0], prefix.valid.shape[2], key.shape[2]
+    in_front = torch.arange(slots, device=key.device).expand(batch, -1)
+    valid = prefix.valid[:, 0, :, 0]
+    mask = torch.cat([valid, valid.new_zeros(batch, kept)], dim=1)
+    columns = TokenSlots(mask, in_front, valid)
+    if slots == 0:
+        return key, value, key_padding_mask[:, -kept:], columns
+    is_prefix = key_padding_mask.long().cumsum(dim=1) <= valid.sum(dim=1, keepdim=True)
+    counted = torch.cat([valid, (key_padding_mask & ~is_prefix)[:, -kept:]], dim=1)
+    return torch.cat([prefix.key, key], dim=2), torch.cat([prefix.value, value], dim=2), counted, columns

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 _LIBRARY_NAMES = frozenset(
     """
     model_type num_labels name_or_path torch_dtype attn_implementation experts_implementation output_attentions
-    per_layer_config auto_map tokenizer_class task_specific_params finetuning_task prefix use_cache use_bfloat16
+    per_layer_config auto_map tokenizer_class task_specific_params finetuning_task prefix use_bfloat16
     torchscript pruned_heads tie_encoder_decoder cross_attention_hidden_size decoder_start_token_id cls_token_id
     mask_token_id unk_token_id sep_token_id bos_token_id eos_token_id pad_token_id quantization_config
     transformers_weights problem_type is_encoder_decoder gradient_checkpointing
@@ -49,7 +49,10 @@ class EffEncoderConfig(PreTrainedConfig):
         norm_position: `"post"` as in BERT, or `"pre"` with a final norm.
         pad_token_id, bos_token_id, eos_token_id, sep_token_id: ids of special tokens.
         tie_word_embeddings: share the input embeddings with the masked-LM head.
-        is_decoder, add_cross_attention: must be False, encoders have neither.
+        is_decoder: no token attends a later one; for the base model and causal language modelling, in families that
+            have a causal form.
+        use_cache: in the causal form, return keys and values for the next call, except in training mode.
+        add_cross_attention: must be False, there is none.
 
     Raises:
         ValueError: a value that breaks a rule above, or an argument that is no option (with the nearest name).
@@ -60,6 +63,12 @@ class EffEncoderConfig(PreTrainedConfig):
 
     original_fields_without_meaning: ClassVar[tuple[str, ...]] = ()
     """Fields of those configs that say nothing about the model."""
+
+    has_causal_form: ClassVar[bool] = False
+    """Whether `is_decoder` may be True."""
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    """Outputs that Trainer does not gather in evaluation."""
 
     before_first_use: ClassVar[list[Callable[[], None]]] = []
     """Called once, before the first config exists: where the package registers its model classes lazily."""
@@ -86,6 +95,7 @@ class EffEncoderConfig(PreTrainedConfig):
     sep_token_id: int | None = None
     tie_word_embeddings: bool = True
     is_decoder: bool = False
+    use_cache: bool = True
     add_cross_attention: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -170,11 +180,10 @@ class EffEncoderConfig(PreTrainedConfig):
                 f"pad_token_id = {self.pad_token_id} is outside the vocabulary of {self.vocab_size}; "
                 "give an id of the tokenizer, or None."
             )
-        if self.is_decoder or self.add_cross_attention:
-            raise ValueError(
-                f"is_decoder = {self.is_decoder}, add_cross_attention = {self.add_cross_attention}: {self.model_type} "
-                "is an encoder without a causal form or cross-attention; leave both False."
-            )
+        if self.is_decoder and not self.has_causal_form:
+            raise ValueError(f"is_decoder = True: {self.model_type} has no causal form; leave it False.")
+        if self.add_cross_attention:
+            raise ValueError(f"add_cross_attention = True: {self.model_type} has no cross-attention; leave it False.")
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         names = {field.name for field in fields(self)}

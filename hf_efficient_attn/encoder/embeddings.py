@@ -7,12 +7,15 @@ from .configuration import EffEncoderConfig
 
 
 def positions_from_mask(
-    key_padding_mask: Tensor | None, length: int, first_position: int, device: torch.device
+    key_padding_mask: Tensor | None, length: int, first_position: int, device: torch.device, past_length: int = 0
 ) -> Tensor:
-    """Running count of attended tokens from `first_position`: `[batch, length]`, `[1, length]` without a mask."""
+    """Running count of attended tokens from `first_position`: `[batch, length]`, `[1, length]` without a mask.
+
+    The mask covers the `past_length` tokens before the input as well.
+    """
     if key_padding_mask is None:
-        return torch.arange(first_position, first_position + length, device=device)[None, :]
-    return (key_padding_mask.long().cumsum(dim=1) - 1).clamp(min=0) + first_position
+        return torch.arange(past_length, past_length + length, device=device)[None, :] + first_position
+    return (key_padding_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past_length:] + first_position
 
 
 class Embeddings(nn.Module):

@@ -47,12 +47,60 @@ def global_token_mask(
     count = mask.sum(dim=1)
     if not torch.compiler.is_compiling():
         return mask, int(count.max())
-    torch._assert_async(
-        (count <= max_global_tokens).all(),
-        f"an example has more than max_global_tokens = {max_global_tokens} global tokens; "
-        "raise config.max_global_tokens before compiling or exporting.",
-    )
+    torch._assert_async((count <= max_global_tokens).all(), _too_many(max_global_tokens))
     return mask, max_global_tokens
+
+
+def causal_prefix_mask(
+    rule: str,
+    key_padding_mask: Tensor | None,
+    global_attention_mask: Tensor | None,
+    *,
+    past_length: int,
+    past_global: Tensor | int,
+    max_global_tokens: int,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor | None, int]:
+    """As `global_token_mask`, for a causal model, in which only the first tokens of an example may be global.
+
+    `key_padding_mask` `[batch, past_length + length]` covers the tokens before the input, `past_global` `[batch]` of
+    which are global; `rule` is `"cls"` or `"none"`.
+
+    Raises:
+        ValueError: a global token after one that is not.
+    """
+    batch, length = shape
+    if key_padding_mask is None:
+        key_padding_mask = torch.ones(batch, past_length + length, dtype=torch.bool, device=device)
+    own = key_padding_mask[:, past_length:]
+    mask = as_bool_mask("global_attention_mask", global_attention_mask, *shape)
+    if mask is None:
+        if rule == "none":
+            return None, 0
+        return _first_tokens(key_padding_mask, shape, device)[:, past_length:], 1
+    mask = mask & own
+    tokens_so_far = key_padding_mask.long().cumsum(dim=1)[:, past_length:]
+    global_so_far = mask.long().cumsum(dim=1) + (past_global[:, None] if isinstance(past_global, Tensor) else 0)
+    is_prefix = (~mask | (tokens_so_far == global_so_far)).all()
+    count = mask.sum(dim=1)
+    message = (
+        "global_attention_mask in a causal model marks a token after one that it does not mark; mark the first ones."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_prefix, message)
+        torch._assert_async((count <= max_global_tokens).all(), _too_many(max_global_tokens))
+        return mask, max_global_tokens
+    if not bool(is_prefix):
+        raise ValueError(message)
+    return mask, int(count.max())
+
+
+def _too_many(max_global_tokens: int) -> str:
+    return (
+        f"an example has more than max_global_tokens = {max_global_tokens} global tokens; raise "
+        "config.max_global_tokens before compiling or exporting."
+    )
 
 
 def _first_tokens(key_padding_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:

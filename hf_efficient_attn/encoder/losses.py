@@ -50,8 +50,8 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEnco
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """Cross entropy of `logits` `[batch, length, classes]` against `labels` `[batch, length]`, -100 ignored.
 
-    The mean over labels, or with `num_items` (Trainer's `num_items_in_batch`, all labels of an accumulated batch) the
-    sum divided by it.
+    The mean over labels, 0 if there are none, or with `num_items` (Trainer's `num_items_in_batch`, all labels of an
+    accumulated batch) the sum divided by it.
     """
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels must be [batch, length] = {list(logits.shape[:2])}, got {list(labels.shape)}.")
@@ -59,7 +59,7 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
     check_labels("labels", labels, classes, f"the head has {classes} classes (vocab_size or num_labels).")
     flat, labels = logits.float().flatten(0, 1), labels.flatten().to(logits.device)
     if num_items is None:
-        return F.cross_entropy(flat, labels)
+        num_items = (labels != -100).sum().clamp(min=1)
     return F.cross_entropy(flat, labels, reduction="sum") / num_items
 
 

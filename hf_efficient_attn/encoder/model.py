@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import (
@@ -93,6 +94,9 @@ class EffEncoderModel:
         self, input_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
     ) -> Tensor | None:
         """The mask as bool `[batch, length]`, True = attend; None if every token counts."""
+        if self.config.is_decoder:
+            # A generated text may hold any id, and with a cache the ids before are not here to be looked at.
+            return as_bool_mask("attention_mask", attention_mask, *shape)
         if attention_mask is None and input_ids is not None and self.config.first_position > 0:
             pad = self.config.pad_token_id
             return None if pad is None else input_ids != pad
@@ -105,14 +109,39 @@ class EffEncoderModel:
         global_attention_mask: Tensor | None,
         shape: tuple[int, int],
         device: torch.device,
+        past_key_values: Cache | None,
     ) -> dict[str, Any]:
-        """What the family's mechanism wants prepared once for all layers; it gets them as keyword arguments."""
+        """What the family's mechanism wants prepared once for all layers; it gets them as keyword arguments.
+
+        `shape` is `(batch, length)` of the input; the mask covers what came before it as well.
+        """
         if global_attention_mask is not None:
             raise ValueError(
                 f"{type(self).__name__} got global_attention_mask, but its attention has no global tokens; "
                 "leave it out."
             )
         return {}
+
+    def make_cache(self) -> Cache:
+        """An empty cache for the causal form, as `forward` makes it where none is given."""
+        return Cache(layers=[layer.attention.self.make_cache_layer() for layer in self.encoder.layer])
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache of this call, or None."""
+        if not self.config.is_decoder:
+            if past_key_values is not None:
+                raise ValueError(
+                    f"{type(self).__name__} got past_key_values, but it is an encoder: each call reads the whole "
+                    "input. Leave it out, or load a causal model (is_decoder=True)."
+                )
+            return None
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; give what the last call returned, or "
+                "model.make_cache()."
+            )
+        # The decorator of `forward` puts config.use_cache in place of None. Nothing goes on from a training step.
+        return self.make_cache() if past_key_values is None and use_cache and not self.training else past_key_values
 
     @merge_with_config_defaults
     @capture_outputs
@@ -124,8 +153,10 @@ class EffEncoderModel:
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling | BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode a batch.
 
         Args:
@@ -136,11 +167,17 @@ class EffEncoderModel:
             position_ids: `[batch, length]` rows of the position table; by default the running count of the mask from
                 `config.first_position`, so that padding on the left changes nothing.
             global_attention_mask: `[batch, length]`, 1 at global tokens, where the mechanism has them.
+            past_key_values: in the causal form, what the last call returned (or `make_cache()`): the input goes on
+                where that one ended, and `attention_mask` is `[batch, tokens before + length]`.
+            use_cache: in the causal form, return keys and values for the next call, except in training mode; by
+                default `config.use_cache`.
             kwargs: `output_hidden_states`, `output_attentions` (eager backend), `return_dict`.
 
         Returns:
             `last_hidden_state` `[batch, length, hidden]`, `pooler_output` `[batch, hidden]` or None, and if asked
-            `hidden_states` (one more than layers) and `attentions` (`[batch, heads, length, length]` each).
+            `hidden_states` (one more than layers) and `attentions` (`[batch, heads, length, keys]` each; keys are the
+            input's tokens, with a cache the prefix of global tokens and the window's before them). The causal form
+            also returns `past_key_values`.
 
         Raises:
             ValueError: input that is missing, misshapen, too long, or would be ignored.
@@ -153,24 +190,34 @@ class EffEncoderModel:
                 "eager backend has attention weights; load the model with attn_implementation='eager' or call "
                 "model.set_attn_implementation('eager')."
             )
-        batch, length = input_shape(input_ids, inputs_embeds, self.config)
+        past_key_values = self._cache(past_key_values, use_cache)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, length = input_shape(input_ids, inputs_embeds, self.config, past_length)
         check_ids("input_ids", input_ids, batch, length, self.embeddings.word_embeddings.num_embeddings)
         check_ids("position_ids", position_ids, batch, length, self.config.max_position_embeddings)
         check_ids("token_type_ids", token_type_ids, batch, length, self.config.type_vocab_size)
-        key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, length))
+        key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, past_length + length))
         device = input_ids.device if input_ids is not None else inputs_embeds.device
-        context = self.attention_context(input_ids, key_padding_mask, global_attention_mask, (batch, length), device)
+        context = self.attention_context(
+            input_ids, key_padding_mask, global_attention_mask, (batch, length), device, past_key_values
+        )
+        own_mask = None if key_padding_mask is None else key_padding_mask[:, past_length:]
 
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
-        elif key_padding_mask is not None:
+        elif own_mask is not None:
             # Not even inf or NaN in padding may reach a gradient.
-            inputs_embeds = inputs_embeds.masked_fill(~key_padding_mask[:, :, None], 0.0)
+            inputs_embeds = inputs_embeds.masked_fill(~own_mask[:, :, None], 0.0)
         if position_ids is None:
-            position_ids = positions_from_mask(key_padding_mask, length, self.config.first_position, device)
+            first = self.config.first_position
+            position_ids = positions_from_mask(key_padding_mask, length, first, device, past_length)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
         hidden_states = self.encoder(hidden_states, key_padding_mask, **context)
-        pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, key_padding_mask))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
+        if not self.config.is_decoder:
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
+        )

@@ -31,10 +31,16 @@ class TaskModel:
     base_class: ClassVar[type]
     head_class: ClassVar[type]
     task: ClassVar[str]
+    is_causal: ClassVar[bool] = False
     accepts_loss_kwargs = False
     """Read by Trainer: whether the loss divides by `num_items_in_batch` itself."""
 
     def __init__(self, config: EffEncoderConfig) -> None:
+        if config.is_decoder and not self.is_causal:
+            raise ValueError(
+                f"{type(self).__name__} got is_decoder = True, but its task needs tokens that attend later ones; "
+                "load with is_decoder=False."
+            )
         super().__init__(config)
         self.num_labels = config.num_labels
         if config.tie_word_embeddings and self._tied_weights_keys:
@@ -52,10 +58,9 @@ class TaskModel:
         raise NotImplementedError(f"{type(self).__name__} adds no head.")
 
 
-class ForMaskedLM(TaskModel):
-    """Predicts masked tokens."""
+class LanguageModel(TaskModel):
+    """A head that predicts tokens, tied to the word embeddings."""
 
-    task = "masked-lm"
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -81,6 +86,12 @@ class ForMaskedLM(TaskModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the vocabulary projection and its bias."""
         self._head.vocabulary.set_decoder(new_embeddings)
+
+
+class ForMaskedLM(LanguageModel):
+    """Predicts masked tokens."""
+
+    task = "masked-lm"
 
     @can_return_tuple
     def forward(

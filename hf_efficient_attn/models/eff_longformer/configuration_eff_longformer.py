@@ -18,7 +18,8 @@ class EffLongformerConfig(LongformerOptions, EffEncoderConfig):
         global_attention: which tokens are global where `global_attention_mask` is not given: `"cls"` (the first token),
             `"question"` (what stands before the first separator), `"second_text"` (what stands after it), `"none"`, or
             a list of token ids. None is the default of the task: `"cls"` for sequence classification, `"question"`
-            for question answering, `"second_text"` for multiple choice, `"none"` elsewhere.
+            for question answering, `"second_text"` for multiple choice, `"none"` elsewhere. The causal form has global
+            tokens only with `causal_global="prefix"`, and then `"cls"` and `"none"`.
         max_global_tokens: under `torch.compile` and `torch.export`, where the number of global tokens is not known in
             advance, room for so many an example; more trip an assertion. Without them any number works.
 
@@ -31,6 +32,7 @@ class EffLongformerConfig(LongformerOptions, EffEncoderConfig):
     """
 
     model_type = "eff_longformer"
+    has_causal_form: ClassVar[bool] = True
     original_model_types: ClassVar[tuple[str, ...]] = ("longformer",)
     original_fields_without_meaning: ClassVar[tuple[str, ...]] = (
         "onnx_export",
@@ -63,6 +65,13 @@ class EffLongformerConfig(LongformerOptions, EffEncoderConfig):
             )
         if rule in ("question", "second_text") and self.sep_token_id is None:
             raise ValueError(f"global_attention = {rule!r} needs sep_token_id; set it to the tokenizer's separator.")
+        allowed = (None, "none") if self.causal_global is None else (None, "none", "cls")
+        if self.is_decoder and rule not in allowed:
+            raise ValueError(
+                f"global_attention = {rule!r} with is_decoder = True and causal_global = {self.causal_global!r}: "
+                "a causal model must not see later tokens. With causal_global='prefix' the first tokens may be "
+                "global: choose 'cls', or 'none' and pass global_attention_mask."
+            )
         if self.max_global_tokens < 1:
             raise ValueError(f"max_global_tokens = {self.max_global_tokens}: it must be 1 or more.")
 

@@ -4,9 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 
+from ...attention.cache import WindowCacheLayer
 from ...attention.longformer import LongformerSelfAttention
-from ...encoder.global_tokens import global_token_mask
+from ...encoder.causal_lm import ForCausalLM
+from ...encoder.global_tokens import causal_prefix_mask, global_token_mask
 from ...encoder.heads import DenseClassificationHead, RobertaLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
 from ...encoder.tasks import (
@@ -50,11 +54,14 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
         global_attention_mask: Tensor | None,
         shape: tuple[int, int],
         device: torch.device,
+        past_key_values: Cache | None,
     ) -> dict[str, Any]:
         """The global tokens of the batch."""
         rule = self.config.global_attention
         if rule is None:
             rule = GLOBAL_ATTENTION_OF_TASK.get(self.task, "none")
+        if self.config.is_decoder:
+            return self._causal_context(rule, key_padding_mask, global_attention_mask, shape, device, past_key_values)
         mask, slots = global_token_mask(
             rule,
             input_ids,
@@ -67,9 +74,50 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
         )
         return {"global_tokens": None if mask is None else select_tokens(mask, slots)}
 
+    def _causal_context(
+        self,
+        rule: str,
+        key_padding_mask: Tensor | None,
+        global_attention_mask: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """The cache, and the global tokens of the batch if there may be any."""
+        context = {} if past_key_values is None else {"past_key_values": past_key_values}
+        if self.config.causal_global is None:
+            if global_attention_mask is not None and bool((global_attention_mask != 0).any()):
+                raise ValueError(
+                    "global_attention_mask in a causal model: a global token attends later tokens, which must not be "
+                    "seen. Leave it out, or load with causal_global='prefix' to make the first tokens global."
+                )
+            return context
+        past_length, past_global = 0, 0
+        if past_key_values is not None:
+            past_length = past_key_values.get_seq_length()
+            first = past_key_values.layers[0] if past_key_values.layers else None
+            past_global = first.prefix_count if isinstance(first, WindowCacheLayer) else 0
+        mask, slots = causal_prefix_mask(
+            rule,
+            key_padding_mask,
+            global_attention_mask,
+            past_length=past_length,
+            past_global=past_global,
+            max_global_tokens=self.config.max_global_tokens,
+            shape=shape,
+            device=device,
+        )
+        return {**context, "global_tokens": None if mask is None else select_tokens(mask, slots)}
+
 
 class EffLongformerForMaskedLM(ForMaskedLM, EffLongformerPreTrainedModel):
     """EffLongformer that predicts masked tokens."""
+
+    base_class, head_class = EffLongformerModel, RobertaLMHead
+
+
+class EffLongformerForCausalLM(ForCausalLM, EffLongformerPreTrainedModel, GenerationMixin):
+    """EffLongformer that continues texts, with a window that looks back only (section 4 of the paper)."""
 
     base_class, head_class = EffLongformerModel, RobertaLMHead
 
@@ -99,6 +147,7 @@ class EffLongformerForMultipleChoice(ForMultipleChoice, EffLongformerPreTrainedM
 
 
 __all__ = [
+    "EffLongformerForCausalLM",
     "EffLongformerForMaskedLM",
     "EffLongformerForMultipleChoice",
     "EffLongformerForQuestionAnswering",

@@ -1,0 +1,82 @@
+"""The cache of a layer that attends a causal window: bounded by the window, plus the global tokens of a prefix."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+
+class Prefix(NamedTuple):
+    """Global tokens at the beginning of each example, in slots; all `[batch, heads, slots, head_dim]` but `valid`.
+
+    Args:
+        key, value: with the projections every token has.
+        global_key, global_value: with the projections of global tokens.
+        valid: `[batch, 1, slots, 1]` bool, True where a slot is in use.
+    """
+
+    key: Tensor
+    value: Tensor
+    global_key: Tensor
+    global_value: Tensor
+    valid: Tensor
+
+
+class WindowCacheLayer(DynamicSlidingWindowLayer):
+    """Keys and values of the last `reach` tokens, and of a prefix of global tokens for good.
+
+    Args:
+        reach: how many tokens back a query looks, 1 or more.
+    """
+
+    def __init__(self, reach: int) -> None:
+        super().__init__(sliding_window=reach + 1)
+        self.prefix: Prefix | None = None
+
+    def extend_prefix(self, new: Prefix) -> Prefix:
+        """Add slots behind those that are there; the whole prefix."""
+        if self.prefix is None:
+            self.prefix = new
+        elif new.valid.shape[2] > 0:
+            self.prefix = Prefix(*(torch.cat(pair, dim=2) for pair in zip(self.prefix, new, strict=True)))
+        return self.prefix
+
+    @property
+    def prefix_count(self) -> Tensor | int:
+        """Global tokens of each example so far, `[batch]`; 0 before the first."""
+        return 0 if self.prefix is None else self.prefix.valid.sum(dim=(1, 2, 3))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.prefix = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; raises `ValueError` if that reaches into the prefix."""
+        super().crop(tokens_to_remove)
+        if self.prefix is not None and self.cumulative_length < self.prefix.valid.shape[2]:
+            raise ValueError(
+                f"crop leaves {self.cumulative_length} tokens, fewer than the {self.prefix.valid.shape[2]} global ones "
+                "at the beginning, which cannot be taken back; start with a new cache."
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the examples into the order of `beam_idx` `[batch]`."""
+        super().reorder_cache(beam_idx)
+        self._map_prefix(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every example `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_prefix(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the examples `indices`."""
+        super().batch_select_indices(indices)
+        self._map_prefix(lambda x: x[indices])
+
+    def _map_prefix(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.prefix is not None:
+            self.prefix = Prefix(*map(function, self.prefix))
