@@ -234,6 +234,11 @@ def test_best_of_two_windows_and_lowest_null() -> None:
     assert [answer["answer"] for answer in answers].count("b") == 1
     assert {answer["answer"] for answer in answers} == {"a", "b", "c", "a b", "b c", ""}
     assert answers[0]["answer"] == "b" and answers[-1]["score"] > 0
+    # Surer in the first window.
+    logits[0][:, 2], logits[1][:, 1] = 6.0, 5.0
+    (answer,) = best_answers("a b c", list(windows), list(logits), 1, 15, False)
+    totals = [sum(map(math.exp, (0.0, 6.0, 0.0, null))) for null in (2.0, 1.0)]
+    assert answer["answer"] == "b" and answer["score"] == pytest.approx(math.exp(12.0) / totals[0] / totals[1])
 
 
 def test_tokens_without_characters() -> None:
@@ -351,6 +356,29 @@ def test_who_gets_a_global_mask(config: dict[str, Any], given: bool) -> None:
     model = ByTokenId({15: 5.0}, {15: 5.0}, **config)
     QuestionAnswerer(model, word_tokenizer())(question="q0", context="w5")
     assert (model.calls[0]["global_attention_mask"] is not None) == given
+
+
+def test_only_what_the_model_takes() -> None:
+    """DistilBERT's forward had no token types; a mechanism may have no global tokens."""
+
+    class Plain(ByTokenId):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, return_dict: bool, start_positions: Any = None):
+            return super().forward(input_ids, attention_mask)
+
+    answerer = QuestionAnswerer(Plain({15: 5.0}, {15: 5.0}, global_attention=None), word_tokenizer())
+    assert answerer(question=QUESTION, context=TEXT)["answer"] == "w5"
+
+
+def test_defaults() -> None:
+    """Windows as long as the tokenizer says, sharing 128 tokens or half of their room; the model goes to the device."""
+    model = ByTokenId({15: 5.0}, {15: 5.0})
+    for length, shared in ((100, 47), (600, 128)):
+        model.calls.clear()
+        QuestionAnswerer(model, word_tokenizer(length))(question=QUESTION, context=20 * f"{TEXT} ", batch_size=1)
+        first, second = (call["input_ids"][0].tolist() for call in model.calls[:2])
+        assert len(first) == len(second) == length and first[-1 - shared : -1] == second[5 : 5 + shared]
+        assert first[-2 - shared : -1] != second[5 : 6 + shared]
+    assert QuestionAnswerer(model, word_tokenizer(), device="meta").model.table.device.type == "meta"
 
 
 def test_settings_and_modes_are_restored() -> None:
