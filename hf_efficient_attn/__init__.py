@@ -22,11 +22,16 @@ if TYPE_CHECKING:
         EffLongformerModel,
         EffLongformerPreTrainedModel,
     )
+    from .question_answering import QuestionAnswerer
 
 __version__ = "0.1.0"
 
 _FAMILY_NAMES = public_names()
-_OTHER_NAMES = {"ATTENTIONS": ".attention", "DataCollatorWithGlobalAttention": ".data"}
+_OTHER_NAMES = {
+    "ATTENTIONS": ".attention",
+    "DataCollatorWithGlobalAttention": ".data",
+    "QuestionAnswerer": ".question_answering",
+}
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]
 

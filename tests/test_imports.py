@@ -17,7 +17,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_efficient_attn"
 # Every room may import from itself.
 FRAME_AND_MECHANISMS = {"functional", "attention", "encoder"}
 LIBRARY = FRAME_AND_MECHANISMS | {"models", "auto"}
-PUBLIC = LIBRARY | {"__init__", "data", "pretraining", "conversion", "hub", "integrations"}
+PUBLIC = LIBRARY | {
+    "__init__",
+    "data",
+    "answer_spans",
+    "question_answering",
+    "pretraining",
+    "conversion",
+    "hub",
+    "integrations",
+}
 ROOMS: dict[str, set[str]] = {
     "functional": set(),
     "attention": {"functional"},
@@ -25,6 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},
     "data": LIBRARY,
+    "answer_spans": set(),
+    "question_answering": {"answer_spans"},
     "pretraining": LIBRARY | {"data"},
     "conversion": LIBRARY,
     "hub": LIBRARY,
