@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from ..functional import (
     TokenSlots,
     dense_attention,
+    flex_sliding_window_attention,
     gather_tokens,
     projected_attention,
     replace_tokens,
@@ -85,6 +86,7 @@ class LongformerSelfAttention(SelfAttention):
     """
 
     options_class = LongformerOptions
+    backends = ("eager", "sdpa", "flex_attention")
     has_causal_form = True
 
     def __init__(self, config: Any, layer_idx: int, options: LongformerOptions | None = None) -> None:
@@ -95,11 +97,15 @@ class LongformerSelfAttention(SelfAttention):
         self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
         self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
 
+    @property
+    def window(self) -> dict[str, Any]:
+        """The window, as the formulas take it."""
+        return {"radius": self.radius, "dilation": self.dilation, "causal": self.is_causal}
+
     def make_cache_layer(self) -> WindowCacheLayer:
         """An empty cache: the window's reach, and a prefix of global tokens."""
-        return WindowCacheLayer(
-            self.radius * max(self.dilation if isinstance(self.dilation, list) else [self.dilation])
-        )
+        steps = self.dilation if isinstance(self.dilation, list) else [self.dilation]
+        return WindowCacheLayer(self.radius * max(steps))
 
     def attend(
         self,
@@ -142,15 +148,15 @@ class LongformerSelfAttention(SelfAttention):
                 value_bias=self.value_global.bias,
                 dropout_p=dropout_p,
             )
-        weights, shape = None, {"radius": self.radius, "dilation": self.dilation, "causal": self.is_causal}
+        weights = None
         if backend == "eager":
-            allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **shape)
+            allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **self.window)
             mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
             weights = replace_tokens(weights, row_weights, global_tokens)
         else:
-            mixed = sliding_window_attention(
-                query, key, value, key_padding_mask, dropout_p=dropout_p, global_tokens=columns, **shape
-            )
+            formula = flex_sliding_window_attention if backend == "flex_attention" else sliding_window_attention
+            options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
+            mixed = formula(query, key, value, key_padding_mask, **options)
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
 
     def _prefix(self, hidden_states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:

@@ -9,11 +9,13 @@ from .dense import dense_attention, softmax_attention
 from .projected import projected_attention
 from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
+from .window_flex import flex_sliding_window_attention, window_block_mask
 
 
 __all__ = [
     "TokenSlots",
     "dense_attention",
+    "flex_sliding_window_attention",
     "gather_tokens",
     "projected_attention",
     "replace_tokens",
@@ -21,4 +23,5 @@ __all__ = [
     "sliding_window_allowed",
     "sliding_window_attention",
     "softmax_attention",
+    "window_block_mask",
 ]

@@ -36,6 +36,7 @@ class EffLongformerPreTrainedModel(EffPreTrainedModel):
 
     config_class = EffLongformerConfig
     base_model_prefix = "longformer"
+    _supports_flex_attn = True
 
 
 class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
