@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hf_efficient_attn.bench import (
@@ -14,18 +20,25 @@ from hf_efficient_attn.bench import (
     MIB,
     Bounds,
     Case,
+    Comparison,
     ModelSize,
     Result,
     available_bytes,
+    check_outputs,
     describe,
+    environment_line,
     make_cases,
+    markdown_tables,
+    output_difference,
     plot,
     print_tables,
+    ratio_lines,
     run_cases,
     write_csv,
 )
 from hf_efficient_attn.bench.memory import PeakMemory, resident_bytes
 from hf_efficient_attn.bench.prediction import extrapolate, predict
+from hf_efficient_attn.bench.step import build_inputs, build_model
 from hf_efficient_attn.cli import app
 
 
@@ -37,8 +50,24 @@ def finished(case: Case, seconds: float, peak: int, base: int = 300 * MIB) -> Re
     return Result(case, seconds=[seconds] * 3, peak_bytes=peak, base_bytes=base)
 
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
 def test_every_kind_and_mode_is_measured_in_its_turn() -> None:
-    cases = make_cases(["eff_longformer", "longformer", "bert"], [32], sizes=[TINY])
+    cases = make_cases(["eff_longformer", "longformer", "bert", "modernbert"], [32], sizes=[TINY])
     seen: list[Result] = []
     results = run_cases(cases, WIDE, repeats=3, on_result=seen.append)
 
@@ -193,3 +222,164 @@ def test_the_command_says_what_is_wrong_in_one_line(option: str, value: str, mes
     result = CliRunner().invoke(app, ["bench", option, value])
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_base_models_are_measured_with_and_without_global_tokens() -> None:
+    kinds, common = ["eff_longformer", "longformer", "bert", "modernbert"], {"task": "base", "optimizer": "sgd"}
+    cases = make_cases(kinds, [32], sizes=[TINY], global_tokens=["none", "cls"], **common)
+    for mode in ("forward", "train"):
+        labels = [case.label for case in cases if case.mode == mode]
+        assert labels[:4] == ["eff_longformer w=8, no global", "longformer w=8, no global", "bert", "modernbert w=8"]
+        assert labels[4:] == ["eff_longformer w=8, CLS global", "longformer w=8, CLS global"]
+    for result in run_cases(cases, WIDE, repeats=1):
+        assert result.status == "ok" and result.seconds, result
+
+
+def test_a_seed_gives_all_kinds_the_same_weights() -> None:
+    ours = Case("eff_longformer", 40, "forward", TINY, task="base", global_tokens="cls")
+    theirs, bert = replace(ours, kind="longformer"), replace(ours, kind="bert")
+    first, second, third = (dict(build_model(case).named_parameters()) for case in (ours, theirs, bert))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert {name for name in first if name not in third} == {name for name in first if "_global." in name}
+    positions = "embeddings.position_embeddings.weight"
+    assert all(torch.equal(first[name], third[name]) for name in third if name != positions)
+    assert torch.equal(first[positions][2:], third[positions])
+
+    for task, chosen in (("base", "none"), ("base", "cls"), ("classification", "none"), ("classification", None)):
+        case = replace(ours, task=task, global_tokens=chosen)
+        assert output_difference(case, replace(case, kind="longformer")) < 1e-5
+    assert output_difference(ours, replace(ours, global_tokens="none")) > 1e-3
+    assert output_difference(ours, replace(ours, seed=1)) > 1e-1
+    # A window that holds the whole input is BERT's attention.
+    short = replace(ours, length=4, global_tokens="none")
+    assert output_difference(short, replace(short, kind="bert")) < 1e-5
+
+
+def test_global_tokens_reach_the_kinds_that_have_them() -> None:
+    case = Case("eff_longformer", 16, size=TINY, task="base", global_tokens="cls")
+    mask = build_inputs(case)["global_attention_mask"]
+    assert mask[:, 0].eq(1).all() and mask.sum() == mask.shape[0]
+    assert build_inputs(replace(case, task="classification", global_tokens="none"))["global_attention_mask"].sum() == 0
+    assert build_inputs(replace(case, kind="bert")).keys() == {"input_ids"}
+    with pytest.raises(ValueError, match="global_tokens is 'all'"):
+        replace(case, global_tokens="all")
+    with pytest.raises(ValueError, match="task is 'head'"):
+        replace(case, task="head")
+
+
+def test_models_that_should_be_equal_and_are_not_end_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = make_cases(["eff_longformer", "longformer", "bert"], [32, 64], sizes=[TINY], task="base")
+    [(case, difference)] = check_outputs(cases)
+    assert (case.kind, case.length, case.mode) == ("eff_longformer", 32, "forward") and difference < 1e-5
+    assert check_outputs([case for case in cases if case.kind != "longformer"]) == []
+    for wrong in (1e-2, float("nan")):
+        monkeypatch.setattr("hf_efficient_attn.bench.agreement.output_difference", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match="eff_longformer w=8 and longformer w=8 should be equal"):
+            check_outputs(cases)
+
+
+def test_ratios_of_made_up_results() -> None:
+    kinds = ["eff_longformer", "longformer", "bert"]
+    cases = make_cases(kinds, [1024, 4096], ["forward"], [TINY], ["none", "cls"], task="base")
+    seconds = {("eff_longformer", "none"): 1.0, ("eff_longformer", "cls"): 1.25, ("longformer", "none"): 2.0}
+    seconds |= {("longformer", "cls"): 2.0, ("bert", None): 3.0}
+    results = []
+    for case in cases:
+        value = seconds[case.kind, case.global_tokens] * case.length / 1024
+        times = [value, value, value * 1.5] if case.kind == "longformer" else [value] * 3
+        results.append(Result(case, seconds=times, peak_bytes=int(value * 100), base_bytes=1))
+
+    def lines(quantity: str, other: str, **target: float) -> list[str]:
+        comparison = Comparison(quantity, "forward", 4096, "eff_longformer", other, **target)
+        return [line.split(": ", 1)[1] for line in ratio_lines(results, [comparison])]
+
+    assert lines("speed", "longformer", at_least=1.7, goal=2.0) == [
+        "speed over longformer 2.00 (2.00 - 3.00); at least 1.7 (goal 2): met",
+        "speed over longformer 1.60 (1.60 - 2.40); at least 1.7 (goal 2): not met",
+    ]
+    assert lines("memory", "longformer", at_most=0.5) == [
+        "memory over longformer 0.50; at most 0.5: met",
+        "memory over longformer 0.62; at most 0.5: not met",
+    ]
+    assert lines("time", "bert") == ["time over bert 0.33 (0.33 - 0.33)", "time over bert 0.42 (0.42 - 0.42)"]
+    longer = lines("time", "eff_longformer", other_length=1024, at_most=4.3)
+    assert longer == ["time over that at 1,024 tokens 4.00; at most 4.3: met"] * 2
+
+    stopped = [replace(r, status="over memory", predicted=True) if r.case.kind == "bert" else r for r in results]
+    faster = Comparison("speed", "forward", 4096, "eff_longformer", "bert", at_least=1.0)
+    assert [line.split(": ")[1] for line in ratio_lines(stopped, [faster])] == [
+        "speed over bert - (bert over memory, predicted)"
+    ] * 2
+    assert "at least" not in "".join(ratio_lines(results, [faster], targets=False))
+    assert ratio_lines(results, [replace(faster, length=2048), replace(faster, mode="train")]) == []
+
+    table = markdown_tables(results)
+    assert "| 4,096 | eff_longformer, no global | 4.00 (4.00 - 4.00) | 1.00 | 0 | 1.00 |" in table
+    assert "|  | bert | 12.0 (12.0 - 12.0) | 3.00 | 0 | 3.00 |" in table
+
+
+def test_the_environment_line_has_no_path() -> None:
+    line = environment_line("python b.py", ["--out", "/home/me/x.csv", "--out=/home/me/y.md", "--lengths", "1,2"], 1)
+    assert line.endswith("1 CPU thread; python b.py --out x.csv --out=y.md --lengths 1,2")
+    assert f"torch {torch.__version__}, transformers " in line
+
+
+def test_the_longformer_benchmark_runs(tmp_path: Path) -> None:
+    options = ["--quick", "--lengths", "128,256", "--repeats", "1", "--out", "r.csv", "--out", "r.md"]
+    result = run_script("longformer", tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("differs from longformer by at most") == 4  # before measuring, and at the end
+    assert (
+        "No ratio" in result.stdout
+        and "one training step" in result.stdout
+        and "modernbert: its default" in result.stdout
+    )
+    assert result.stdout.strip().endswith(f"python benchmarks/longformer.py {' '.join(options)}")
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert len(rows) == 2 * 2 * 6 and {row["status"] for row in rows} == {"ok"}
+    assert {row["optimizer"] for row in rows} == {"sgd"} and {row["global_tokens"] for row in rows} == {
+        "none",
+        "cls",
+        "",
+    }
+    text = (tmp_path / "r.md").read_text()
+    assert "### One forward pass" in text and str(tmp_path) not in text + result.stdout
+
+    wrong = run_script("longformer", tmp_path, "--quick", "--out", "r.txt")
+    assert wrong.returncode == 1 and wrong.stderr.strip() == (
+        "Error: --out is r.txt, but it has to be a .csv or .md file in a folder that exists."
+    )
+
+
+def test_the_longformer_benchmark_refuses_unequal_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_efficient_attn.bench.agreement.output_difference", lambda *_: 0.5)
+    result = CliRunner().invoke(script("longformer").app, ["--quick", "--lengths", "64", "--repeats", "1"])
+    assert result.exit_code != 0 and "should be equal" in str(result.exception)
+    assert "speed over" not in result.output and "median s" not in result.output
+
+
+def test_every_target_of_the_longformer_benchmark_gets_its_line() -> None:
+    module = script("longformer")
+    cases = make_cases(module.KINDS, [1024, 2048, 4096, 16384], sizes=[TINY], global_tokens=["none", "cls"])
+    results = [finished(case, 1.0, MIB) for case in cases]
+    assert len(ratio_lines(results, module.TARGETS)) == 2 * len(module.TARGETS) == 2 * 16
+
+
+def test_the_window_benchmark_multiplies_what_it_says(tmp_path: Path) -> None:
+    module = script("window_attention")
+    query, key, value = torch.randn(3, 2, 32, 4, generator=torch.Generator().manual_seed(0))
+    for backward in (False, True):
+        out = module.products(query, key, value, block=8, keys=16, backward=backward)().view(2, 4, 8, 4)
+        expected = query[:, 8:16] @ key[:, 8:24].mT @ value[:, 8:24]
+        torch.testing.assert_close(out[:, 1], expected)
+    assert module.multiply_adds(12, 4096, 513, 64, False) == 2 * 12 * 4096 * 513 * 64
+    with pytest.raises(ValueError, match="length is 32.*multiple of 5"):
+        module.products(query, key, value, block=5, keys=16, backward=False)
+
+    options = "--length 128 --radius 16 --heads 2 --head-dim 8 --repeats 2 --blocks 32 --backward".split()
+    result = run_script("window_attention", tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    assert "useful products, 32 x 33" in result.stdout and "blocked products, 32 x 64" in result.stdout
+    assert "python benchmarks/window_attention.py --length 128" in result.stdout
+    wrong = run_script("window_attention", tmp_path, "--length", "100")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("Error: length is 100"), wrong.stderr

@@ -197,6 +197,51 @@ def split(name: str | None) -> tuple[str, ...]:
     return tuple(name.split(".")) if name else ()
 
 
+# Scripts beside the package use its public names only, and the folders named here are open to them.
+OPEN_TO_SCRIPTS = {(), ("bench",), ("data",), ("demo",), ("functional",)}
+
+
+def test_scripts_use_public_names() -> None:
+    scripts = [path for folder in ("benchmarks", "examples") for path in (PACKAGE.parent / folder).glob("*.py")]
+    assert len(scripts) >= 3
+    found = [f"{path.name}: {rule}" for path in scripts for rule in private_imports(PACKAGE, path.read_text("utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def private_imports(package: Path, text: str) -> Iterator[str]:
+    """Yields the import statements of a script that reach past the public names of `package`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules = [split(alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = split(node.module)
+            modules = [base]
+            if base[:1] == (package.name,):
+                names = [alias.name for alias in node.names]
+                modules = [(package.name, *imported_module(package, base[1:], name)) for name in names]
+                modules += [(package.name, name) for name in names if name.startswith("_")]
+        else:
+            continue
+        if any(module[:1] == (package.name,) and module[1:] not in OPEN_TO_SCRIPTS for module in modules):
+            yield f"`{ast.unparse(node)}`"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_private"),
+    [
+        ("from hf_efficient_attn.bench import run_cases", False),
+        ("import hf_efficient_attn", False),
+        ("from hf_efficient_attn import EffLongformerConfig", False),
+        ("from hf_efficient_attn.bench.step import build_step", True),
+        ("from hf_efficient_attn.bench import step", True),
+        ("from hf_efficient_attn.functional import _blocked", True),
+        ("import hf_efficient_attn.encoder", True),
+    ],
+)
+def test_a_private_import_is_found(text: str, is_private: bool) -> None:
+    assert bool(list(private_imports(PACKAGE, text))) is is_private
+
+
 # The rules themselves: a small package that keeps them, and one offence after another.
 
 KEEPS_THE_RULES = {

@@ -3,11 +3,15 @@
 Each case runs in a process of its own; see `run_cases`.
 """
 
-from .cases import DTYPES, KINDS, MODES, Bounds, Case, Kind, ModelSize, Result, make_cases
+from .agreement import check_outputs, output_difference
+from .cases import DTYPES, MODES, Bounds, Case, ModelSize, Result, make_cases
+from .environment import environment_line
 from .extras import require_extras
+from .kinds import KINDS, Kind
 from .measure import run_cases
 from .memory import GIB, MIB, available_bytes
-from .report import describe, plot, print_tables, write_csv
+from .ratios import Comparison, ratio_lines
+from .report import describe, markdown_tables, plot, print_tables, write_csv
 
 
 __all__ = [
@@ -18,14 +22,20 @@ __all__ = [
     "MODES",
     "Bounds",
     "Case",
+    "Comparison",
     "Kind",
     "ModelSize",
     "Result",
     "available_bytes",
+    "check_outputs",
     "describe",
+    "environment_line",
     "make_cases",
-    "print_tables",
+    "markdown_tables",
+    "output_difference",
     "plot",
+    "print_tables",
+    "ratio_lines",
     "require_extras",
     "run_cases",
     "write_csv",

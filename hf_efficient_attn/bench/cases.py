@@ -1,16 +1,21 @@
-"""What can be measured: model kinds, sizes, cases, bounds and results."""
+"""What can be measured: sizes, cases, bounds and results."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
+
+from .kinds import KINDS
 
 
 MODES = ("forward", "train")
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "sgd")
+TASKS = ("classification", "base")
+GLOBAL_TOKENS = ("none", "cls")
 OK, OVER_MEMORY, OVER_TIME, FAILED, NO_TIME = "ok", "over memory", "over time", "failed", "no time left"
 
 
@@ -23,32 +28,6 @@ def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} is {value}, but it has to be positive: pass a number above 0.")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of model to measure.
-
-    Args:
-        model_type: the name the Auto classes know it by.
-        quadratic: time and memory grow with the square of the length (else linearly); predictions use it.
-        windowed: the config takes an `attention_window`.
-        extra_positions: rows of the position table that no token uses (RoBERTa-style tables reserve two).
-        attn_implementation: passed to the Auto class where the model can choose.
-    """
-
-    model_type: str
-    quadratic: bool
-    windowed: bool
-    extra_positions: int = 0
-    attn_implementation: str | None = None
-
-
-KINDS: dict[str, Kind] = {
-    "eff_longformer": Kind("eff_longformer", quadratic=False, windowed=True, extra_positions=2),
-    "longformer": Kind("longformer", quadratic=False, windowed=True, extra_positions=2),
-    "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,8 +69,11 @@ class Case:
         dtype: of weights and activations.
         threads: CPU threads; None leaves torch's default.
         batch_size: examples a pass.
-        optimizer: "adamw" or "sgd"; for "train" only.
-        seed: of the token ids.
+        optimizer: "adamw" or "sgd" (plain, without momentum); for "train" only.
+        seed: of the token ids and the weights; parameters of one name and shape are equal in all kinds.
+        task: "classification", or "base" for the model without a head, whose loss is a mean of its last hidden state.
+        global_tokens: "cls" for one global token, the first, or "none"; None leaves it to the task's default.
+            Kinds without global tokens ignore it.
 
     Raises:
         ValueError: a name that is not known or a number that is not positive.
@@ -106,14 +88,19 @@ class Case:
     batch_size: int = 1
     optimizer: str = "adamw"
     seed: int = 0
+    task: str = "classification"
+    global_tokens: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
         _one_of("mode", self.mode, MODES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("task", self.task, TASKS)
         _positive("length", self.length)
         _positive("batch_size", self.batch_size)
+        if self.global_tokens is not None:
+            _one_of("global_tokens", self.global_tokens, GLOBAL_TOKENS)
         if self.threads is not None:
             _positive("threads", self.threads)
         if KINDS[self.kind].windowed and self.size.attention_window is None:
@@ -126,8 +113,15 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The kind, with its window where it has one."""
-        return f"{self.kind} w={self.size.attention_window}" if KINDS[self.kind].windowed else self.kind
+        """The kind, with its window where it has one and its global tokens where they were chosen."""
+        return self.label_with(window=True, global_tokens=True)
+
+    def label_with(self, *, window: bool, global_tokens: bool) -> str:
+        """The kind, with its window, its global tokens or both, where it has them."""
+        kind = KINDS[self.kind]
+        text = f"{self.kind} w={self.size.attention_window}" if window and kind.windowed else self.kind
+        chosen = self.global_tokens if global_tokens and kind.global_tokens else None
+        return text if chosen is None else f"{text}, {describe_global_tokens(chosen)}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready form that `from_json` reads back."""
@@ -194,11 +188,17 @@ class Result:
         return cls(**{**data, "case": Case.from_json(data["case"])})
 
 
+def describe_global_tokens(chosen: str) -> str:
+    """The words for a value of `Case.global_tokens`."""
+    return "no global" if chosen == "none" else "CLS global"
+
+
 def make_cases(
     kinds: Iterable[str],
     lengths: Iterable[int],
     modes: Iterable[str] = MODES,
     sizes: Iterable[ModelSize] = (ModelSize(),),
+    global_tokens: Iterable[str | None] = (None,),
     **common: Any,
 ) -> list[Case]:
     """Every combination, ordered so that what is to be compared is measured next to each other.
@@ -208,17 +208,18 @@ def make_cases(
         lengths: tokens; measured from the shortest to the longest.
         modes: "forward", "train" or both.
         sizes: model sizes; kinds without a window take those that differ only in their window once.
+        global_tokens: values of that field; kinds without global tokens are measured once.
         common: further fields of `Case`, the same for all.
 
     Raises:
         ValueError: as for `Case`.
     """
     cases: dict[Case, None] = {}
-    sizes = list(sizes)
-    for length in sorted(set(lengths)):
-        for mode in modes:
-            for kind in kinds:
-                _one_of("kind", kind, KINDS)
-                for size in sizes if KINDS[kind].windowed else [replace(s, attention_window=None) for s in sizes]:
-                    cases[Case(kind, length, mode, size, **common)] = None
+    kinds, modes, sizes, global_tokens = list(kinds), list(modes), list(sizes), list(global_tokens)
+    for kind in kinds:
+        _one_of("kind", kind, KINDS)
+    for length, mode, chosen, kind in product(sorted(set(lengths)), modes, global_tokens, kinds):
+        chosen = chosen if KINDS[kind].global_tokens else None
+        for size in sizes if KINDS[kind].windowed else [replace(s, attention_window=None) for s in sizes]:
+            cases[Case(kind, length, mode, size, global_tokens=chosen, **common)] = None
     return list(cases)

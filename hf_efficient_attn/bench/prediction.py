@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .cases import KINDS, OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result
+from .cases import OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result
+from .kinds import KINDS
 from .memory import MIB
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MODE_NAMES = {"forward": "forward pass", "train": "training step"}
+COLUMNS = ("tokens", "model", "median s (min - max)", "x", "peak MiB", "x")
 
 
 def describe(result: Result) -> str:
@@ -49,29 +49,48 @@ def _table(results: Sequence[Result], name: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    labels = _labels(results)
     table = Table(
         title=f"Time and peak memory of one {name}",
-        caption=f"x: times that of {labels[results[0].case.series]} at the same length",
+        caption=_caption(results),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
         show_edge=False,
     )
-    for column in ("tokens", "model", "median s (min - max)", "x", "peak MiB", "x"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for index, result in enumerate(results):
-        length = result.case.length
-        first = next(other for other in results if other.case.length == length)
-        last = index + 1 == len(results) or results[index + 1].case.length != length
-        if result.median is None:
-            figures = (result.verdict, "", "", "")
-        else:
-            ratios = _ratio(result.median, first.median), _ratio(result.peak_bytes, first.peak_bytes)
-            figures = (_seconds(result), ratios[0], _mebibytes(result), ratios[1])
-        table.add_row(f"{length:,}" if result is first else "", labels[result.case.series], *figures, end_section=last)
+        last = index + 1 == len(results) or results[index + 1].case.length != result.case.length
+        table.add_row(*_cells(result, results), end_section=last)
     return table
+
+
+def markdown_tables(results: Sequence[Result]) -> str:
+    """The tables of `print_tables` as Markdown."""
+    lines: list[str] = []
+    for mode, name in MODE_NAMES.items():
+        chosen = sorted((r for r in results if r.case.mode == mode), key=lambda result: result.case.length)
+        if chosen:
+            lines += [f"### One {name}", "", f"| {' | '.join(COLUMNS)} |", "| ---: | --- | ---: | ---: | ---: | ---: |"]
+            lines += [f"| {' | '.join(_cells(result, chosen))} |" for result in chosen]
+            lines += ["", f"{_caption(chosen)}.", ""]
+    return "\n".join(lines)
+
+
+def _caption(results: Sequence[Result]) -> str:
+    return f"x: times that of {_labels(results)[results[0].case.series]} at the same length"
+
+
+def _cells(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
+    """One row: length, model, time and its ratio, memory and its ratio to the first of `results` at that length."""
+    length = result.case.length
+    first = next(other for other in results if other.case.length == length)
+    cells = (f"{length:,}" if result is first else "", _labels(results)[result.case.series])
+    if result.median is None:
+        return (*cells, result.verdict, "", "", "")
+    ratios = _ratio(result.median, first.median), _ratio(result.peak_bytes, first.peak_bytes)
+    return (*cells, _seconds(result), ratios[0], _mebibytes(result), ratios[1])
 
 
 def write_csv(results: Sequence[Result], path: str | Path) -> Path:
@@ -177,10 +196,13 @@ def _row(result: Result) -> dict[str, object]:
 
 
 def _labels(results: Sequence[Result]) -> dict[Case, str]:
-    # The window only where it tells two series apart: tables are narrow.
-    series = list(dict.fromkeys(result.case.series for result in results))
-    kinds = Counter(case.kind for case in series)
-    return {case: case.label if kinds[case.kind] > 1 else case.kind for case in series}
+    # Window and global tokens only where they tell two series of a kind apart: tables are narrow.
+    labels = {}
+    for series in (result.case.series for result in results):
+        others = [result.case for result in results if result.case.kind == series.kind]
+        windows, chosen = ({other.size.attention_window for other in others}, {o.global_tokens for o in others})
+        labels[series] = series.label_with(window=len(windows) > 1, global_tokens=len(chosen) > 1)
+    return labels
 
 
 def _ratio(value: float | None, first: float | None) -> str:

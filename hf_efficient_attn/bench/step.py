@@ -4,16 +4,78 @@ from __future__ import annotations
 
 import gc
 import time
+import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .cases import KINDS, Case
+from .cases import Case
+from .kinds import KINDS
 from .memory import PeakMemory, resident_bytes
 
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 _PRIMING_LENGTH = 16
+_BY_DEFAULT = {("classification", None), ("classification", "cls"), ("base", None), ("base", "none")}
+
+
+def build_model(case: Case) -> PreTrainedModel:
+    """The case's model, with weights that depend on the seed and their names only."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    import hf_efficient_attn  # noqa: F401  (registers the families)
+
+    kind, size = KINDS[case.kind], case.size
+    config = AutoConfig.for_model(
+        kind.model_type,
+        hidden_size=size.hidden_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        intermediate_size=size.intermediate_size * 2 // 3 if kind.gated else size.intermediate_size,
+        vocab_size=size.vocab_size,
+        max_position_embeddings=max(case.length, _PRIMING_LENGTH) + kind.extra_positions,
+        **({kind.window_field: size.attention_window} if kind.windowed else {}),
+        **kind.fields,
+    )
+    auto_class = AutoModel if case.task == "base" else AutoModelForSequenceClassification
+    extra = {} if kind.attn_implementation is None else {"attn_implementation": kind.attn_implementation}
+    model = auto_class.from_config(config, **extra)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _draw(parameter, name.removeprefix(f"{model.base_model_prefix}."), case.seed, kind.extra_positions)
+    return model.to(getattr(torch, case.dtype))
+
+
+def _draw(parameter: torch.Tensor, name: str, seed: int, extra_positions: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if name.endswith("position_embeddings.weight"):
+        # Reserved rows stand before the first position.
+        parameter[:extra_positions] = 0.0
+        parameter = parameter[extra_positions:]
+    is_norm = parameter.dim() == 1 and name.endswith("weight")
+    parameter.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
+
+
+def build_inputs(case: Case) -> dict[str, torch.Tensor]:
+    """What the case's model is called with, each `[batch_size, length]`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(case.seed)
+    # Ids from 5 on: the first ones are special tokens (padding among them) in some of the kinds.
+    ids = torch.randint(5, case.size.vocab_size, (case.batch_size, case.length), generator=generator)
+    inputs = {"input_ids": ids}
+    # Base models have no global token unless they are given some; classifiers choose the first by themselves.
+    if KINDS[case.kind].global_tokens and (case.task, case.global_tokens) not in _BY_DEFAULT:
+        inputs["global_attention_mask"] = torch.zeros_like(ids)
+        inputs["global_attention_mask"][:, 0] = int(case.global_tokens == "cls")
+    return inputs
 
 
 def build_step(case: Case) -> tuple[Callable[[int], None], Callable[[], None]]:
@@ -24,46 +86,36 @@ def build_step(case: Case) -> tuple[Callable[[int], None], Callable[[], None]]:
         `forget()`, which drops gradients and optimizer state.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    import hf_efficient_attn  # noqa: F401  (registers the families)
 
     if case.threads is not None:
         torch.set_num_threads(case.threads)
-    kind, size = KINDS[case.kind], case.size
-    options: dict[str, Any] = {"attention_window": size.attention_window} if kind.windowed else {}
-    config = AutoConfig.for_model(
-        kind.model_type,
-        hidden_size=size.hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        intermediate_size=size.intermediate_size,
-        vocab_size=size.vocab_size,
-        max_position_embeddings=max(case.length, _PRIMING_LENGTH) + kind.extra_positions,
-        **options,
-    )
-    extra = {} if kind.attn_implementation is None else {"attn_implementation": kind.attn_implementation}
-    model = AutoModelForSequenceClassification.from_config(config, **extra).to(getattr(torch, case.dtype))
-    generator = torch.Generator().manual_seed(case.seed)
-    # Ids from 5 on: the first ones are special tokens (padding among them) in some of the kinds.
-    ids = torch.randint(5, size.vocab_size, (case.batch_size, case.length), generator=generator)
-    labels = torch.zeros(case.batch_size, dtype=torch.long)
+    model, inputs = build_model(case), build_inputs(case)
 
     if case.mode == "forward":
         model.eval()
 
         def forward(length: int) -> None:
             with torch.inference_mode():
-                model(input_ids=ids[:, :length])
+                model(**{name: tensor[:, :length] for name, tensor in inputs.items()})
 
         return forward, lambda: None
 
     model.train()
     classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     optimizer = classes[case.optimizer](model.parameters(), lr=1e-4)
+    labels = torch.zeros(case.batch_size, dtype=torch.long)
+    direction = torch.randn(case.size.hidden_size, generator=torch.Generator().manual_seed(case.seed))
+    direction = direction.to(getattr(torch, case.dtype))
+
+    def loss(length: int) -> torch.Tensor:
+        batch = {name: tensor[:, :length] for name, tensor in inputs.items()}
+        if case.task == "classification":
+            return model(**batch, labels=labels).loss
+        # Every position gets a gradient, at the cost of one product with a vector.
+        return (model(**batch).last_hidden_state @ direction).mean()
 
     def train(length: int) -> None:
-        model(input_ids=ids[:, :length], labels=labels).loss.backward()
+        loss(length).backward()
         optimizer.step()
         optimizer.zero_grad()
 

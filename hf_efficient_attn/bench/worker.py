@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from .cases import FAILED, KINDS, NO_TIME, OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result
+from .cases import FAILED, NO_TIME, OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result
+from .kinds import KINDS
 from .memory import MIB, resident_bytes
 from .prediction import predict
 from .step import serve
@@ -24,7 +25,7 @@ from .step import serve
 
 _START_SECONDS = 180.0
 _POLL_SECONDS = 0.01
-_AT_ONCE = 4  # processes that are alive together; they take turns, so more would only hold memory
+_AT_ONCE = 6  # processes that are alive together; they take turns, so more would only hold memory
 # Forking is safe here because nothing has computed yet; macOS's own libraries do not survive it.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
