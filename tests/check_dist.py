@@ -62,8 +62,10 @@ def build(work: Path) -> tuple[Path, Path]:
 
 
 def check_wheel(wheel: Path) -> None:
-    """The package as it lies in the checkout, and nothing else."""
+    """The package as it lies in the checkout, its metadata with the license, and nothing else."""
     inside = contents(wheel)
+    if not any(name.endswith(".dist-info/licenses/LICENSE") for name in inside):
+        sys.exit("make dist: the wheel lacks the LICENSE")
     expected = in_checkout([PACKAGE])
     same_names("wheel", {name for name in inside if ".dist-info/" not in name}, expected)
     changed = [name for name in expected if inside[name] != (ROOT / name).read_bytes()]
@@ -112,7 +114,6 @@ def check_metadata(version: str, metadata: dict) -> None:
         "version": (metadata["version"], project["version"]),
         "__version__": (version, project["version"]),
         "license": (metadata["license_expression"], project["license"]),
-        "license files": (metadata["license_file"], project["license-files"]),
         "Python": (metadata["requires_python"], project["requires-python"]),
         "extras": (sorted(metadata["provides_extra"]), sorted(project["optional-dependencies"])),
         "dependencies": (
