@@ -7,6 +7,7 @@ snippets of README.md and the model cards run on it, from the unpacked sdist wit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -38,6 +39,8 @@ print(json.dumps([package.__file__, sysconfig.get_path("purelib"), package.__ver
 
 
 def main() -> None:
+    # Python would end at once and leave the venv, a gigabyte, behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("make dist: ended by a signal"))
     with TemporaryDirectory(prefix=f"{PACKAGE}-dist-") as folder:
         work = Path(folder).resolve()
         if work.is_relative_to(ROOT):
