@@ -49,11 +49,13 @@ class Variant:
         options: keyword arguments of the formula and of its oracle.
         config: the same as config fields of the module.
         is_global: `(batch, length)` -> bool `[batch, length]` or None.
+        causal: it is the causal form.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     is_global: Callable[[int, int], Tensor | None] = no_tokens
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,12 @@ def _sliding_window(
     return sliding_window_attention(query, key, value, keep, global_tokens=slots(is_global, keep), **kwargs)
 
 
-def _longformer(radius: int, dilation: int | list[int], is_global: Callable = no_tokens) -> Variant:
+def _longformer(
+    radius: int, dilation: int | list[int], is_global: Callable = no_tokens, causal: bool = False
+) -> Variant:
     config = {"attention_window": 2 * radius, "attention_dilation": [dilation]}
-    return Variant({"radius": radius, "dilation": dilation}, config, is_global)
+    options = {"radius": radius, "dilation": dilation, "causal": causal}
+    return Variant(options, config, is_global, causal)
 
 
 CASES = [
@@ -117,6 +122,10 @@ CASES = [
             "dilated": _longformer(4, 2, some_tokens),
             "dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens),
             "all global": _longformer(2, 1, all_tokens),
+            "causal": _longformer(3, 1, causal=True),
+            "causal wide": _longformer(40, 1, causal=True),
+            "causal global": _longformer(5, 1, some_tokens, causal=True),
+            "causal dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens, causal=True),
         },
         softmax_options={"radius": 100, "dilation": 1},
     ),

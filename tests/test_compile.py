@@ -78,7 +78,7 @@ class Exported(nn.Module):
         self.hidden_states = hidden_states
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        outputs = self.model(**inputs, output_hidden_states=self.hidden_states)
+        outputs = self.model(**inputs, output_hidden_states=self.hidden_states, use_cache=False)
         first = outputs.to_tuple()[0]
         return (first, *outputs.hidden_states) if self.hidden_states else (first,)
 

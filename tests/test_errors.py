@@ -41,8 +41,8 @@ def build_tiny(auto_name: str, **overrides: Any) -> Any:
 SHARED_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "heads that do not divide": ({"hidden_size": 33}, ("hidden_size = 33", "num_attention_heads = 4", "multiple")),
     "no heads": ({"num_attention_heads": 0}, ("num_attention_heads = 0",)),
-    "decoder": ({"is_decoder": True}, ("is_decoder = True", "encoder", "leave both False")),
-    "cross-attention": ({"add_cross_attention": True}, ("add_cross_attention = True", "leave both False")),
+    "decoder": ({"is_decoder": True}, ("is_decoder = True", "no causal form", "leave it False")),
+    "cross-attention": ({"add_cross_attention": True}, ("add_cross_attention = True", "leave it False")),
     "misspelt": ({"hidden_sise": 8}, ("no option 'hidden_sise'", "did you mean 'hidden_size'?")),
     "another family's": ({"num_key_value_heads": 2}, ("no option 'num_key_value_heads'",)),
     "like nothing": ({"qwertz": 8}, ("no option 'qwertz'", "attribute")),
@@ -185,7 +185,7 @@ FORWARD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "short positions": ({"input_ids": IDS, "position_ids": ONES[:, :8]}, ("position_ids", "[2, 9]", "[2, 8]")),
     "short types": ({"input_ids": IDS, "token_type_ids": ONES[:, :8]}, ("token_type_ids", "[2, 9]", "[2, 8]")),
     "unknown argument": ({"input_ids": IDS, "atention_mask": ONES}, ("'atention_mask'", "remove it")),
-    "cache": ({"input_ids": IDS, "use_cache": True}, ("'use_cache'", "remove it")),
+    "cache": ({"input_ids": IDS, "past_key_values": []}, ("past_key_values", "encoder", "Leave it out")),
     "cross-attention": (
         {"input_ids": IDS, "encoder_hidden_states": torch.zeros(2, 9, 32)},
         ("'encoder_hidden_states'", "cross-attention", "one input"),

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from helpers import mask_of, model_class, random_ids, randomise_, tiny_config
+from helpers import config_class, mask_of, model_class, random_ids, randomise_, tiny_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -22,7 +22,10 @@ LENGTHS = (1, 7, 63, 64, 100)
 
 
 def build(family: str, auto: str, **overrides: object) -> PreTrainedModel:
-    """A tiny model with random weights, in eval mode."""
+    """A tiny model with random weights, in eval mode; a causal one with a prefix of global tokens where it may."""
+    cls = config_class(family)
+    if auto == "AutoModelForCausalLM" and "causal_global" in cls.__dataclass_fields__:
+        overrides = {"causal_global": "prefix", **overrides}
     return randomise_(model_class(family, auto)(tiny_config(family, **overrides)))
 
 
@@ -30,13 +33,18 @@ def has_global_tokens(model: PreTrainedModel) -> bool:
     return hasattr(model.config, "global_attention")
 
 
+def mark_global(keep: Tensor, causal: bool) -> Tensor:
+    """The last token of each example, in a causal model the first: `[..., length]` 0 or 1 like the mask `keep`."""
+    counted = keep.long().cumsum(-1) if causal else keep.flip(-1).long().cumsum(-1).flip(-1)
+    return ((counted == 1) & keep.bool()).long()
+
+
 def batch_of(model: PreTrainedModel, auto: str, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs and labels for a head; the last token is global where the family has global tokens."""
+    """Inputs and labels for a head; one token is global where the family has global tokens."""
     ids = random_ids(batch, length, seed=seed)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if has_global_tokens(model):
-        inputs["global_attention_mask"] = torch.zeros_like(ids)
-        inputs["global_attention_mask"][:, -1] = 1
+        inputs["global_attention_mask"] = mark_global(torch.ones_like(ids), model.config.is_decoder)
     if auto == "AutoModelForMultipleChoice":
         inputs = {name: torch.stack([x, x.flip(0)], dim=1) for name, x in inputs.items()}
         return {**inputs, "labels": torch.arange(batch) % 2}
@@ -44,7 +52,7 @@ def batch_of(model: PreTrainedModel, auto: str, batch: int, length: int, seed: i
         return {**inputs, "labels": torch.arange(batch) % 2}
     if auto == "AutoModelForTokenClassification":
         return {**inputs, "labels": ids % 2}
-    if auto == "AutoModelForMaskedLM":
+    if auto in ("AutoModelForMaskedLM", "AutoModelForCausalLM"):
         return {**inputs, "labels": ids}
     if auto == "AutoModelForQuestionAnswering":
         return {
@@ -77,7 +85,7 @@ def test_any_length_works_and_is_the_callers(family: str, auto: str, train: bool
         assert all(states.shape[1] == length for states in outputs.hidden_states)
         for name in ("last_hidden_state", "start_logits", "end_logits"):
             assert name not in outputs or outputs[name].shape[1] == length
-        if auto in ("AutoModelForMaskedLM", "AutoModelForTokenClassification"):
+        if auto in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForTokenClassification"):
             assert outputs.logits.shape[:2] == (2, length)
 
 
@@ -95,9 +103,7 @@ def test_alone_is_padded_is_batched(family: str, auto: str, side: str, backend: 
     inputs = {name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask", "global_attention_mask")}
     inputs["attention_mask"] = mask.clone()
     if "global_attention_mask" in inputs:
-        # The last token of each example, wherever it stands.
-        last = mask.flip(-1).long().cumsum(-1).flip(-1) == 1
-        inputs["global_attention_mask"] = (last & mask.bool()).long()
+        inputs["global_attention_mask"] = mark_global(mask, model.config.is_decoder)
     batched = result_of(model, inputs)
     poisoned = dict(inputs, token_type_ids=1 - mask)
     poisoned["input_ids"] = torch.where(mask.bool(), inputs["input_ids"], 63)

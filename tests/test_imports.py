@@ -52,7 +52,7 @@ OUTSIDE = {"functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other; only the room's own __init__ knows them all.
-SHARED_WITHIN: dict[str, set[str]] = {"attention": {"base", "cache"}, "models": set()}
+SHARED_WITHIN: dict[str, set[str]] = {"attention": {"base", "cache", "prefix"}, "models": set()}
 
 # Programs: they may use `import hf_efficient_attn...` and `from . import name`.
 PROGRAMS = {"bench", "demo", "cli", "__main__"}

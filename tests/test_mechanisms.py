@@ -23,6 +23,7 @@ def build(case: Case, variant: str, backend: str = "sdpa", dtype: torch.dtype = 
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
         attention_probs_dropout_prob=0.1,
+        is_decoder=case.variants[variant].causal,
         _attn_implementation=backend,
     )
     mechanism = ATTENTIONS[case.name]

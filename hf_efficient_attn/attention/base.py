@@ -1,9 +1,12 @@
 """What every mechanism shares: the projections, the split into heads, the choice of backend."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import CacheLayerMixin
 
 
 class SelfAttention(nn.Module):
@@ -83,7 +86,7 @@ class SelfAttention(nn.Module):
             hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context
         )
 
-    def make_cache_layer(self) -> CacheLayerMixin:
+    def make_cache_layer(self) -> "CacheLayerMixin":
         """An empty cache for this layer; raises `ValueError` where there is no causal form."""
         raise ValueError(f"{type(self).__name__} has no causal form and therefore no cache.")
 

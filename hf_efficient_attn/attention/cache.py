@@ -1,27 +1,12 @@
 """The cache of a layer that attends a causal window: bounded by the window, plus the global tokens of a prefix."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-
-class Prefix(NamedTuple):
-    """Global tokens at the beginning of each example, in slots; all `[batch, heads, slots, head_dim]` but `valid`.
-
-    Args:
-        key, value: with the projections every token has.
-        global_key, global_value: with the projections of global tokens.
-        valid: `[batch, 1, slots, 1]` bool, True where a slot is in use.
-    """
-
-    key: Tensor
-    value: Tensor
-    global_key: Tensor
-    global_value: Tensor
-    valid: Tensor
+from .prefix import Prefix
 
 
 class WindowCacheLayer(DynamicSlidingWindowLayer):
@@ -50,8 +35,10 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
 
     def reset(self) -> None:
         """Forget everything."""
+        # transformers 5.17 fills the old keys with zeros and then adds the new ones to them.
+        self.keys = self.values = self.prefix = None
+        self.is_initialized = False
         super().reset()
-        self.prefix = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; raises `ValueError` if that reaches into the prefix."""

@@ -1,11 +1,10 @@
 """Longformer: a sliding window, and global tokens with projections of their own."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..functional import (
     TokenSlots,
@@ -19,7 +18,14 @@ from ..functional import (
     sliding_window_attention,
 )
 from .base import SelfAttention
-from .cache import Prefix, WindowCacheLayer
+from .prefix import Prefix
+
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers.cache_utils import Cache
+
+    from .cache import WindowCacheLayer
 
 
 @dataclass(kw_only=True)
@@ -102,8 +108,10 @@ class LongformerSelfAttention(SelfAttention):
         """The window, as the formulas take it."""
         return {"radius": self.radius, "dilation": self.dilation, "causal": self.is_causal}
 
-    def make_cache_layer(self) -> WindowCacheLayer:
+    def make_cache_layer(self) -> "WindowCacheLayer":
         """An empty cache: the window's reach, and a prefix of global tokens."""
+        from .cache import WindowCacheLayer  # loads transformers' caches: not for a config or an encoder
+
         steps = self.dilation if isinstance(self.dilation, list) else [self.dilation]
         return WindowCacheLayer(self.radius * max(steps))
 
@@ -118,9 +126,13 @@ class LongformerSelfAttention(SelfAttention):
         dropout_p: float,
         backend: str,
         global_tokens: TokenSlots | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: "Cache | None" = None,
+        block_masks: "dict[str, BlockMask] | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `SelfAttention.attend`; `global_tokens` as in `sliding_window_attention`."""
+        """See `SelfAttention.attend`; `global_tokens` as in `sliding_window_attention`.
+
+        `block_masks` are flex_attention's, by the `repr` of the `window`, for inputs without a cache from before.
+        """
         batch, length, _ = hidden_states.shape
         if global_tokens is None:
             # No slots: the global projections still take part, with nothing to project, so their gradient is 0.
@@ -153,10 +165,13 @@ class LongformerSelfAttention(SelfAttention):
             allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **self.window)
             mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
             weights = replace_tokens(weights, row_weights, global_tokens)
+        elif backend == "flex_attention":
+            block_mask = None if block_masks is None else block_masks[repr(self.window)]
+            options = {"dropout_p": dropout_p, "global_tokens": columns, "block_mask": block_mask, **self.window}
+            mixed = flex_sliding_window_attention(query, key, value, key_padding_mask, **options)
         else:
-            formula = flex_sliding_window_attention if backend == "flex_attention" else sliding_window_attention
             options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
-            mixed = formula(query, key, value, key_padding_mask, **options)
+            mixed = sliding_window_attention(query, key, value, key_padding_mask, **options)
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
 
     def _prefix(self, hidden_states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:
@@ -170,10 +185,10 @@ class LongformerSelfAttention(SelfAttention):
             global_tokens.valid[:, None, :, None],
         )
 
-    def _cached_prefix(self, past_key_values: Cache, prefix: Prefix) -> Prefix:
+    def _cached_prefix(self, past_key_values: "Cache", prefix: Prefix) -> Prefix:
         """The global tokens of this input and of those before it; kept in the cache."""
         layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
-        if isinstance(layer, WindowCacheLayer):
+        if hasattr(layer, "extend_prefix"):
             return layer.extend_prefix(prefix)
         if prefix.valid.shape[2] > 0:
             raise ValueError(

@@ -94,10 +94,17 @@ class ForCausalLM(LanguageModel):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in transformers; `global_attention_mask`, which is about the prompt, is cut to the tokens of this step."""
-        mask = kwargs.pop("global_attention_mask", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = global_attention_mask
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         cache = inputs.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()
         if mask is not None and start < mask.shape[1]:
@@ -107,6 +114,11 @@ class ForCausalLM(LanguageModel):
             both = mask if generated.shape[1] == 0 else torch.cat([mask, generated], dim=1)
             inputs["global_attention_mask"] = both[:, start : start + length]
         return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """transformers counts from 0; the rows of this model's position table may begin later."""
+        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return positions + self.config.first_position
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

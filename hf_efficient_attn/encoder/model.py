@@ -94,13 +94,14 @@ class EffEncoderModel:
         self, input_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
     ) -> Tensor | None:
         """The mask as bool `[batch, length]`, True = attend; None if every token counts."""
-        if self.config.is_decoder:
-            # A generated text may hold any id, and with a cache the ids before are not here to be looked at.
-            return as_bool_mask("attention_mask", attention_mask, *shape)
-        if attention_mask is None and input_ids is not None and self.config.first_position > 0:
-            pad = self.config.pad_token_id
-            return None if pad is None else input_ids != pad
-        return as_bool_mask("attention_mask", attention_mask, *shape)
+        mask = as_bool_mask("attention_mask", attention_mask, *shape)
+        # A causal model takes no id for padding: a generated text may hold any, and a cache does not show those before.
+        pad_marks = self.config.first_position > 0 and self.config.pad_token_id is not None
+        if mask is None and input_ids is not None and pad_marks and not self.config.is_decoder:
+            mask = input_ids != self.config.pad_token_id
+        # Without padding nothing has to be kept out of it. Only where looking costs no synchronisation.
+        looks = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        return None if looks and bool(mask.all()) else mask
 
     def attention_context(
         self,

@@ -16,12 +16,9 @@ from .tokens import TokenSlots, gather_tokens
 from .window import Window, keys_in_windows, seen_global_keys
 
 
-# Not a public name of torch, so its absence is no error: the plain products do the same.
-_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-# Scores in memory at a time. Small enough for the processor's cache, where the passes over them are several times
-# quicker than in main memory; large enough that calling torch costs nothing beside the work.
-_CHUNK_BYTES = 4 * 2**20
+# Scores in memory at a time, for each thread. Small enough for a core's own cache, where the passes over them are
+# several times quicker than in main memory; large enough that calling torch costs little beside the work.
+_CHUNK_BYTES = 2**20
 
 
 def blocked_window_attention(
@@ -86,10 +83,11 @@ class _Blocks:
     """
 
     def __init__(self, length: int, window: Window) -> None:
-        # A short input needs neither long blocks nor a window longer than itself.
+        # Small blocks waste few keys; below 32 queries matrix products get slow. A short input needs neither long
+        # blocks nor a window longer than itself.
         self.length = length
         self.window = Window(min(window.radius, length - 1), window.causal)
-        self.size = min(128, max(32, window.radius), length)
+        self.size = min(64, max(32, window.radius), length)
         self.count = (length + self.size - 1) // self.size
         self.span = self.size + self.window.width
         self.padded = self.count * self.size
@@ -336,8 +334,8 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, tokens = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        saved = _Saved(*tensors, TokenSlots(*tokens) if tokens else None)
+        tensors = ctx.saved_tensors
+        saved = _Saved(*tensors[:6], TokenSlots(*tensors[6:]) if len(tensors) > 6 else None)
         options, chunk_bytes = ctx.options
         shape = _Blocks(saved.query.shape[2], options.window)
         grads = [None if x is None else torch.empty_like(x) for x in saved[:5]]

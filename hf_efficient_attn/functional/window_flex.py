@@ -32,7 +32,10 @@ def flex_sliding_window_attention(
     global_tokens: TokenSlots | None = None,
     block_mask: BlockMask | None = None,
 ) -> Tensor:
-    """The same function as `sliding_window_attention`; a few queries over cached keys go through that one.
+    """The same function as `sliding_window_attention`, through one fused kernel.
+
+    Queries over cached keys go through that one, and so does a graph compiled for a CPU, where torch 2.13 cannot compile
+    this kernel together with what is around it.
 
     Args:
         block_mask: what `window_block_mask` gives for the same arguments, to share it between layers.
@@ -53,7 +56,8 @@ def flex_sliding_window_attention(
             "flex_attention on a CPU is for inference only, and these tensors want gradients; call it under "
             "torch.no_grad(), or use the sdpa backend (attn_implementation='sdpa')."
         )
-    if query.shape[2] < key.shape[2]:
+    in_cpu_graph = torch.compiler.is_compiling() and query.device.type == "cpu"
+    if in_cpu_graph or query.shape[2] < key.shape[2]:
         options = {"scale": scale, "global_tokens": global_tokens, **shape}
         return sliding_window_attention(query, key, value, key_padding_mask, **options)
     if block_mask is None:

@@ -20,7 +20,8 @@ from ...encoder.tasks import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from ...functional.tokens import select_tokens
+from ...functional.tokens import TokenSlots, select_tokens
+from ...functional.window_flex import window_block_mask
 from .configuration_eff_longformer import EffLongformerConfig
 
 
@@ -73,7 +74,24 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
             shape=shape,
             device=device,
         )
-        return {"global_tokens": None if mask is None else select_tokens(mask, slots)}
+        global_tokens = None if mask is None else select_tokens(mask, slots)
+        return {"global_tokens": global_tokens, **self._block_masks(key_padding_mask, global_tokens, shape, device)}
+
+    def _block_masks(
+        self,
+        key_padding_mask: Tensor | None,
+        global_tokens: TokenSlots | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """What the flex_attention backend needs, made once for the layers that have the same window."""
+        if self.config._attn_implementation != "flex_attention":
+            return {}
+        batch, length = shape
+        keys = torch.empty(batch, self.config.num_attention_heads, length, 0, device=device)
+        windows = {repr(layer.attention.self.window): layer.attention.self.window for layer in self.encoder.layer}
+        masks = {name: window_block_mask(keys, key_padding_mask, global_tokens, **x) for name, x in windows.items()}
+        return {"block_masks": masks}
 
     def _causal_context(
         self,
@@ -86,6 +104,10 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
     ) -> dict[str, Any]:
         """The cache, and the global tokens of the batch if there may be any."""
         context = {} if past_key_values is None else {"past_key_values": past_key_values}
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_length == 0 and self.config.causal_global is None:
+            # With a cache of global tokens keys outnumber queries, which is not for flex_attention.
+            context.update(self._block_masks(key_padding_mask, None, shape, device))
         if self.config.causal_global is None:
             if global_attention_mask is not None and bool((global_attention_mask != 0).any()):
                 raise ValueError(
@@ -93,9 +115,8 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
                     "seen. Leave it out, or load with causal_global='prefix' to make the first tokens global."
                 )
             return context
-        past_length, past_global = 0, 0
+        past_global = 0
         if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
             first = past_key_values.layers[0] if past_key_values.layers else None
             past_global = first.prefix_count if isinstance(first, WindowCacheLayer) else 0
         mask, slots = causal_prefix_mask(

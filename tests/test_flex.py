@@ -1,0 +1,181 @@
+"""The flex_attention backend: equal to the others, its table of blocks that of the mask, clear where it cannot work."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import ROWS, Case, paddings, qkv, slots, some_tokens
+from helpers import mask_of, random_ids, tiny_config
+from test_families import FAMILIES, build
+from test_mechanisms import build as build_mechanism
+from test_mechanisms import states_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_efficient_attn.attention import ATTENTIONS
+from hf_efficient_attn.functional import (
+    flex_sliding_window_attention,
+    sliding_window_allowed,
+    sliding_window_attention,
+    window_block_mask,
+)
+
+
+FLEX_ROWS = [(case, name) for case, name in ROWS if "flex_attention" in ATTENTIONS[case.name].backends]
+ROW = pytest.mark.parametrize(("case", "variant"), FLEX_ROWS, ids=[f"{case.name}: {name}" for case, name in FLEX_ROWS])
+WINDOW_ROWS = [(case, name) for case, name in FLEX_ROWS if case.name == "longformer"]
+WINDOW_ROW = pytest.mark.parametrize(("case", "variant"), WINDOW_ROWS, ids=[name for _, name in WINDOW_ROWS])
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """The kernel's plain form, which reads the mask's rule and not its table of blocks: quick on a CPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@ROW
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_equals_the_other_backends(case: Case, variant: str, uncompiled: None) -> None:
+    flex, sdpa = (build_mechanism(case, variant, backend, torch.float32) for backend in ("flex_attention", "sdpa"))
+    for length in (1, 63, 130, 300):
+        for keep in paddings(3, length).values():
+            is_global = case.variants[variant].is_global(3, length)
+            context = {} if is_global is None else {"global_tokens": slots(is_global, keep)}
+            states = states_of(3, length, torch.float32)
+            ours, weights = flex(states, keep, **context)
+            assert weights is None
+            torch.testing.assert_close(ours, sdpa(states, keep, **context)[0], rtol=1e-4, atol=1e-5)
+
+
+@WINDOW_ROW
+@pytest.mark.parametrize("length", [1, 128, 129, 700])
+def test_the_table_of_blocks_is_that_of_the_mask(case: Case, variant: str, length: int) -> None:
+    """A block stands in it if any pair of any head is allowed, as a whole one only if every pair is."""
+    for keep in paddings(2, length).values():
+        is_global = case.variants[variant].is_global(2, length)
+        tokens = slots(is_global, keep)
+        key = qkv(2, length, torch.float32)[1]
+        options = case.variants[variant].options
+        if "wide" in variant:
+            options = {**options, "radius": 300}  # reaches over whole blocks
+        mask = window_block_mask(key, keep, tokens, **options)
+        allowed = sliding_window_allowed(key, keep, tokens, **options).expand(2, 4, -1, -1)
+        needed, whole = _blocks_of(allowed, keep)
+        partly = _listed(mask.kv_num_blocks, mask.kv_indices)
+        wholly = _listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert not (partly & wholly).any()
+        assert (needed <= (partly | wholly)).all(), "no allowed pair may be missed"
+        assert (wholly <= whole).all(), "no pair may be taken that is not allowed"
+        # The table does not look at padding, nor for gaps between dilated keys.
+        if keep is None and "dilated" not in variant:
+            assert torch.equal(partly | wholly, needed), "and nothing is computed needlessly"
+            assert is_global is not None or torch.equal(wholly, whole)
+
+
+def _blocks_of(allowed: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Blocks `[batch, query blocks, key blocks]` with any pair allowed, and with every pair of a real query allowed."""
+    batch, heads, length, _ = allowed.shape
+    filled = -length % 128
+    real = torch.ones(batch, length, dtype=torch.bool) if keep is None else keep
+    pairs = [allowed, allowed | ~real[:, None, :, None]]
+    grids = [
+        F.pad(pair, (0, filled, 0, filled)).unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).transpose(3, 4)
+        for pair in pairs
+    ]
+    # Rows after the end are nobody's.
+    grids[1] = grids[1].clone()
+    grids[1][:, :, -1, :, 128 - filled :] = True
+    return grids[0].flatten(4).any(dim=4).any(dim=1), grids[1].flatten(4).all(dim=4).all(dim=1)
+
+
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """flex_attention's lists of key blocks as bool `[batch, query blocks, key blocks]`."""
+    place = torch.arange(indices.shape[3]) < counts[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(3, indices.long(), place)[:, 0]
+
+
+@torch.no_grad()
+def test_the_compiled_kernel_equals_the_others_on_a_cpu() -> None:
+    """Several blocks, padding, global tokens; a second mask does not compile it again."""
+    query, key, value = (x.detach() for x in qkv(2, 300, torch.float32))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for causal in (False, True):
+        for keep in paddings(2, 300).values():
+            tokens = slots(torch.arange(300).expand(2, -1) % 150 == 5, keep)
+            options = {"radius": 140, "causal": causal, "global_tokens": tokens}
+            ours = flex_sliding_window_attention(query, key, value, keep, **options)
+            right = sliding_window_attention(query, key, value, keep, **options)
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    inputs = qkv(1, 20, torch.float32)
+    with pytest.raises(ValueError, match="on a CPU is for inference only.*sdpa"):
+        flex_sliding_window_attention(*inputs, radius=3)
+    with torch.no_grad(), pytest.raises(ValueError, match="dropout_p = 0.1.*attention_probs_dropout_prob=0.0"):
+        flex_sliding_window_attention(*inputs, radius=3, dropout_p=0.1)
+
+
+@FAMILY
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_takes_it_by_name(family: str, uncompiled: None) -> None:
+    model = build(family, "AutoModel", attn_implementation="flex_attention")
+    if not model._supports_flex_attn:
+        pytest.skip("this family has no flex_attention")
+    ids, mask = random_ids(2, 70), mask_of([70, 41], 70, "left")
+    with torch.no_grad():
+        ours = model(ids, mask).last_hidden_state
+        model.set_attn_implementation("sdpa")
+        right = model(ids, mask).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    seen = mask.bool()
+    torch.testing.assert_close(ours[seen], right[seen], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="inference only"):
+        model(ids, mask)
+    dropping = build(family, "AutoModel", attn_implementation="flex_attention", attention_probs_dropout_prob=0.1)
+    with torch.no_grad(), pytest.raises(ValueError, match="no dropout"):
+        dropping.train()(ids, mask)
+    with pytest.raises(ValueError, match="output_attentions.*eager"):
+        model(ids, mask, output_attentions=True)
+
+
+@FAMILY
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_generates_the_same(family: str, uncompiled: None) -> None:
+    if "AutoModelForCausalLM" not in FAMILIES[family].heads:
+        pytest.skip("no causal form")
+    model = build(family, "AutoModelForCausalLM", attn_implementation="flex_attention")
+    inputs = {"input_ids": random_ids(2, 40), "attention_mask": mask_of([40, 23], 40, "left")}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    ours = model.generate(**inputs, **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, model.generate(**inputs, **options))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 5e-2)])
+def test_gradients_on_cuda(causal: bool, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, 700, 64, generator=generator, dtype=torch.float64) for _ in range(4)]
+    keep = paddings(2, 700)["left"].cuda()
+    tokens = slots(some_tokens(2, 700).cuda(), keep)
+    options = {"radius": 100, "causal": causal, "global_tokens": tokens}
+    found = []
+    for formula, kind in ((flex_sliding_window_attention, dtype), (sliding_window_attention, torch.float64)):
+        *qkv_cuda, weight = (x.to("cuda", kind).requires_grad_() for x in inputs)
+        result = formula(*qkv_cuda, keep, **options)
+        found.append([result, *torch.autograd.grad((result * weight).sum(), qkv_cuda)])
+    for ours, right in zip(*found, strict=True):
+        assert (ours.double() - right).abs().max() <= tolerance * right.abs().max()
+
+
+def test_configs_name_it() -> None:
+    assert tiny_config("eff_longformer", attn_implementation="flex_attention")._attn_implementation == "flex_attention"
