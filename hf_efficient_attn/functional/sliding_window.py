@@ -16,7 +16,7 @@ from .window import (
     make_window,
     seen_global_keys,
 )
-from .window_blocks import blocked_window_attention
+from .window_cpu import cpu_window_attention
 
 
 # So few rows against the keys of their windows are one small matrix.
@@ -81,7 +81,7 @@ def sliding_window_attention(
     steps = sorted(set(dilations))
     views = steps == [1] and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
     if views:
-        mixed = blocked_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
+        mixed = cpu_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
     elif len(steps) == 1:
         mixed = _gathered(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
     else:

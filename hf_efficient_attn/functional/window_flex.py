@@ -34,8 +34,8 @@ def flex_sliding_window_attention(
 ) -> Tensor:
     """The same function as `sliding_window_attention`, through one fused kernel.
 
-    Queries over cached keys go through that one, and so does a graph compiled for a CPU, where torch 2.13 cannot compile
-    this kernel together with what is around it.
+    Queries over cached keys go through that one, and so does a graph compiled for a CPU, where torch 2.13 cannot
+    compile this kernel together with what is around it.
 
     Args:
         block_mask: what `window_block_mask` gives for the same arguments, to share it between layers.

@@ -1,0 +1,277 @@
+"""Sliding-window attention on a CPU: windows as overlapping views, and a backward pass that computes them again.
+
+The same function as the gathered form in `sliding_window.py`, for dilation 1 and eager mode. Keys and values are never
+expanded and no probabilities are kept: backward replays scores and dropout from the inputs and a seed.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .tokens import TokenSlots, gather_tokens
+from .window import Window, keys_in_windows
+from .window_blocks import Scratch, WindowBias, WindowBlocks
+
+
+# Scores in memory at a time, for each thread. Small enough for a core's own cache, where the passes over them are
+# several times quicker than in main memory; large enough that calling torch costs little beside the work.
+_CHUNK_BYTES = 2 * 2**20
+
+
+def cpu_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    global_tokens: TokenSlots | None,
+    *,
+    window: Window,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """See `sliding_window_attention`; rows of padding are unspecified."""
+    options = _Options(
+        window,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+        int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0,
+    )
+    if global_tokens is not None and global_tokens.slots == 0:
+        global_tokens = None
+    counted = keys_in_windows(key_padding_mask, global_tokens)
+    return _WindowAttention.apply(query, key, value, counted, global_tokens, options)
+
+
+class _Options(NamedTuple):
+    """What a call has besides tensors."""
+
+    window: Window
+    scale: float
+    dropout_p: float
+    seed: int
+
+    @property
+    def drop_level(self) -> int:
+        """Signed 16-bit numbers below this are dropped: a share of `dropout_p`, at most all but one of 65,536."""
+        return min(round(self.dropout_p * 2**16), 2**16 - 1) - 2**15
+
+    @property
+    def keep_share(self) -> float:
+        """The share that dropout keeps, at the 16 bits it is drawn with; never 0, for it divides."""
+        return (2**15 - self.drop_level) / 2**16
+
+    def kept(self, like: Tensor, scratch: Scratch, generator: torch.Generator) -> Tensor:
+        """Which entries dropout keeps, 1.0 or 0.0; 16 random bits an entry, several times quicker than `bernoulli_`."""
+        count = like.numel()
+        words = scratch.take("words", ((count + 3) // 4,), torch.int64).random_(-(2**63), None, generator=generator)
+        numbers = words.view(torch.int16)[:count].view(like.shape)
+        kept = torch.ge(numbers, self.drop_level, out=scratch.take("kept", like.shape, torch.bool))
+        # To multiply with floats is several times quicker than to fill where a mask says so.
+        return scratch.take("factors", like.shape, like.dtype).copy_(kept)
+
+
+class _Saved(NamedTuple):
+    """What forward and backward both read."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    counted: Tensor | None
+    global_tokens: TokenSlots | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to compute in."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @property
+    def slots(self) -> int:
+        """Global keys an example."""
+        return 0 if self.global_tokens is None else self.global_tokens.slots
+
+
+class _Part:
+    """Some heads of some examples, in blocks; `bias` is that of the examples."""
+
+    def __init__(
+        self, shape: WindowBlocks, saved: _Saved, where: tuple[slice, slice], scale: float, bias: WindowBias
+    ) -> None:
+        self.shape, self.where, self.scale, self.bias = shape, where, scale, bias
+        self.outer = saved.query[where].shape[:2]
+        self.query = shape.blocks("query", saved.query[where]).mul_(scale)
+        self.key_rows = shape.rows("key", saved.key[where])
+        self.value_rows = shape.rows("value", saved.value[where])
+        self.slots = saved.slots
+        self.global_key = self.global_value = None
+        if self.slots > 0:
+            self.global_index = saved.global_tokens.index[where[0]]
+            self.global_key, self.global_value = (
+                gather_tokens(x[where], self.global_index).flatten(0, 1).to(saved.dtype)
+                for x in (saved.key, saved.value)
+            )
+
+    def chunks(self, step: int) -> Iterator[slice]:
+        """Ranges of at most `step` of the part's blocks, or all of them if it has more than one head."""
+        blocks = self.query.shape[0]
+        step = blocks if blocks > self.shape.count else step
+        for start in range(0, blocks, step):
+            yield slice(start, min(start + step, blocks))
+
+    def by_head(self, blocks: Tensor) -> Tensor:
+        """`[blocks, size, d]` -> `[heads, blocks a head * size, d]`, a view."""
+        return blocks.view(self.outer.numel(), -1, blocks.shape[-1])
+
+    def products(self, name: str, left: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
+        """`left` `[blocks, size, d]` times windows and global rows, `[blocks, size, span + slots]`."""
+        span = self.shape.span
+        both = self.shape.take(name, *left.shape[:2], span + self.slots)
+        torch.bmm(left, self.shape.windows(rows, blocks).transpose(1, 2), out=both[:, :, :span])
+        if self.slots > 0:
+            torch.bmm(self.by_head(left), global_rows.transpose(1, 2), out=self.by_head(both)[:, :, span:])
+        return both
+
+    def probs(self, blocks: slice) -> Tensor:
+        """Probabilities of windows and global keys together, `[blocks, size, span + slots]`."""
+        span = self.shape.span
+        scores = self.products("scores", self.query[blocks], self.key_rows, self.global_key, blocks)
+        split = scores.view(*self.outer, -1, *scores.shape[1:])
+        # By block of a head; all of them where the part has several heads.
+        blocks = slice(None) if self.query.shape[0] > self.shape.count else blocks
+        split[..., :span] += self.bias.band
+        if any(self.bias.has_keys[blocks]):
+            split[..., :span] += self.bias.keys[:, None, blocks]
+        if self.slots > 0:
+            split[..., span:] += self.bias.extra[:, None, blocks]
+        return torch.ops.aten._softmax.out(scores, -1, False, out=self.shape.take("probs", *scores.shape))
+
+    def mix(self, weights: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
+        """`weights` `[blocks, size, span + slots]` times windows and global rows, `[blocks, size, d]`."""
+        span = self.shape.span
+        mixed = self.shape.take("mixed", *weights.shape[:2], rows.shape[1])
+        torch.bmm(weights[:, :, :span], self.shape.windows(rows, blocks), out=mixed)
+        if self.slots > 0:
+            self.by_head(mixed).baddbmm_(self.by_head(weights)[:, :, span:], global_rows)
+        return mixed
+
+    def add_adjoint_(
+        self, rows: Tensor, global_rows: Tensor | None, weights: Tensor, left: Tensor, blocks: slice
+    ) -> None:
+        """Add the transpose of `weights` times `left` to the rows and global rows they came from."""
+        span = self.shape.span
+        windows = self.shape.take("windows", weights.shape[0], span, left.shape[-1])
+        self.shape.add_windows_(rows, blocks, torch.bmm(weights[:, :, :span].transpose(1, 2), left, out=windows))
+        if self.slots > 0:
+            global_rows.baddbmm_(self.by_head(weights)[:, :, span:].transpose(1, 2), self.by_head(left))
+
+    def write(self, target: Tensor, mixed: Tensor, blocks: slice) -> None:
+        """Put `[blocks, size, d]` into `target` `[batch, heads, length, d]`."""
+        shape, mixed = self.shape, mixed.view(*self.outer, -1, mixed.shape[-1])
+        start, stop = blocks.start * shape.size, min(blocks.stop * shape.size, shape.length)
+        if self.query.shape[0] > shape.count:
+            start, stop = 0, shape.length
+        target[self.where][:, :, start:stop] = mixed[:, :, : stop - start]
+
+    def write_rows(self, target: Tensor, rows: Tensor, global_rows: Tensor | None) -> None:
+        """Put rows of tokens, and what global ones have besides, into `target` `[batch, heads, length, d]`."""
+        tokens = self.shape.inner(rows).view(*self.outer, self.shape.padded, rows.shape[-1])
+        if global_rows is not None:
+            index = self.global_index[:, None, :, None].expand(*self.outer, -1, rows.shape[-1])
+            tokens.scatter_add_(2, index, global_rows.view(index.shape))
+        target[self.where] = tokens[:, :, : self.shape.length]
+
+
+def _parts(shape: WindowBlocks, saved: _Saved, scale: float, chunk_bytes: int) -> tuple[int, Iterator[_Part]]:
+    """Blocks at a time, and the parts: as many heads, and examples, as one chunk holds, at least one head."""
+    batch, heads = saved.query.shape[:2]
+    block_bytes = shape.size * (shape.span + saved.slots) * shape.dtype.itemsize
+    at_once = max(1, chunk_bytes // block_bytes)
+    head_step = max(1, min(heads, at_once // shape.count))
+    batch_step = max(1, min(batch, at_once // (shape.count * heads)))
+
+    def parts() -> Iterator[_Part]:
+        bias = None
+        for start in range(0, batch, batch_step):
+            examples = slice(start, min(start + batch_step, batch))
+            if bias is None or saved.counted is not None:
+                tokens = saved.global_tokens and TokenSlots(*(x[examples] for x in saved.global_tokens))
+                bias = shape.bias(None if saved.counted is None else saved.counted[examples], tokens)
+            for head in range(0, heads, head_step):
+                where = (examples, slice(head, min(head + head_step, heads)))
+                yield _Part(shape, saved, where, scale, bias)
+
+    return at_once, parts()
+
+
+def _write_gradients(
+    part: _Part, grad: Tensor, grads: list[Tensor], step: int, options: _Options, generator: torch.Generator
+) -> None:
+    """Write the part's share of the gradients of query, key and value."""
+    shape = part.shape
+    key_grad, value_grad = (
+        shape.zero_rows(name, part.outer.numel(), part.query.shape[-1]) for name in ("key_grad", "value_grad")
+    )
+    global_key_grad = global_value_grad = None
+    if part.slots > 0:
+        global_key_grad, global_value_grad = torch.zeros_like(part.global_key), torch.zeros_like(part.global_value)
+    result_grad = shape.blocks("result_grad", grad[part.where]).div_(options.keep_share)
+    for blocks in part.chunks(step):
+        above = result_grad[blocks]
+        probs = part.probs(blocks)
+        probs_grad = part.products("probs_grad", above, part.value_rows, part.global_value, blocks)
+        used = probs
+        if options.dropout_p > 0.0:
+            kept = options.kept(probs, shape.scratch, generator)
+            probs_grad.mul_(kept)
+            used = kept.mul_(probs)
+        part.add_adjoint_(value_grad, global_value_grad, used, above, blocks)
+        # The scores are not needed any more.
+        scores_grad = shape.take("scores", *probs.shape)
+        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, shape.dtype, grad_input=scores_grad)
+        part.add_adjoint_(key_grad, global_key_grad, scores_grad, part.query[blocks], blocks)
+        query_grad = part.mix(scores_grad, part.key_rows, part.global_key, blocks).mul_(part.scale)
+        part.write(grads[0], query_grad, blocks)
+    part.write_rows(grads[1], key_grad, global_key_grad)
+    part.write_rows(grads[2], value_grad, global_value_grad)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Window and global keys in one softmax, with dropout of the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        saved, options = _Saved(*args[:-1]), args[-1]
+        batch, heads, length, width = saved.query.shape
+        shape = WindowBlocks(length, options.window, saved.dtype)
+        chunk_bytes = _CHUNK_BYTES * torch.get_num_threads()
+        result = saved.query.new_empty(batch, length, heads, width).transpose(1, 2)
+        generator = torch.Generator().manual_seed(options.seed)
+        with torch.autocast("cpu", enabled=False):
+            step, parts = _parts(shape, saved, options.scale, chunk_bytes)
+            for part in parts:
+                for blocks in part.chunks(step):
+                    probs = part.probs(blocks)
+                    if options.dropout_p > 0.0:
+                        probs.mul_(options.kept(probs, shape.scratch, generator))
+                    mixed = part.mix(probs, part.value_rows, part.global_value, blocks)
+                    part.write(result, mixed.div_(options.keep_share), blocks)
+        ctx.save_for_backward(*saved[:4], *(saved.global_tokens or ()))
+        ctx.options = (options, chunk_bytes)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        saved = _Saved(*tensors[:4], TokenSlots(*tensors[4:]) if len(tensors) > 4 else None)
+        options, chunk_bytes = ctx.options
+        shape = WindowBlocks(saved.query.shape[2], options.window, saved.dtype)
+        grads = [torch.empty_like(x) for x in saved[:3]]
+        generator = torch.Generator().manual_seed(options.seed)
+        with torch.autocast("cpu", enabled=False):
+            step, parts = _parts(shape, saved, options.scale, chunk_bytes)
+            for part in parts:
+                _write_gradients(part, grad, grads, step, options, generator)
+        return (*grads, None, None, None)
