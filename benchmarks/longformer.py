@@ -65,7 +65,8 @@ NOTES = (
     "Base models without a head. A training step is forward, the backward pass of a mean of the last hidden state, and "
     "plain SGD without momentum, so that it is the model that is measured. Dropout as each config has it by default "
     "(0.1; ModernBERT none). Peak memory is resident memory above that of the built model: activations, and in a "
-    "training step gradients too. Ratios are of medians; in parentheses their range over the turns."
+    "training step gradients too. Ratios are of medians; in parentheses their range over the turns. "
+    "Threads wait for each other as PyTorch has it by default."
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -157,6 +158,7 @@ def main(
         bounds,
         repeats=repeats,
         case_seconds=case_seconds,
+        passive_threads=False,
         on_result=lambda result: typer.echo(describe(result)),
     )
     typer.echo()

@@ -19,7 +19,6 @@ summed where windows overlap, while the attention, which keeps no probabilities,
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -140,8 +139,6 @@ def main(
     """Measure the window attention against plain matrix products and against full attention."""
     _check(length=length, radius=radius, heads=heads, head_dim=head_dim, repeats=repeats, threads=threads or 1)
     sizes = _numbers(blocks)
-    # Read when PyTorch is imported: threads that spin while they wait would disturb other programs' measurements.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from hf_efficient_attn.bench import environment_line

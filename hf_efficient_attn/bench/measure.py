@@ -22,6 +22,7 @@ def run_cases(
     warmup: int = 1,
     case_seconds: float = 30.0,
     total_seconds: float | None = None,
+    passive_threads: bool = True,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Measure cases, each in a process of its own, and go on past those that exceed the bounds.
@@ -35,6 +36,8 @@ def run_cases(
         warmup: runs before them that count for the bounds and the peak memory, but not for the time.
         case_seconds: a case stops repeating (after one timed run at least) when its timed runs took that long.
         total_seconds: once the whole took that long, what is not measured yet is left out; None is no limit.
+        passive_threads: threads sleep while they wait, which disturbs other programs less; False leaves them as
+            PyTorch has them, which is quicker on cores that nobody else uses.
         on_result: called with each result as soon as it is there.
 
     Returns:
@@ -68,8 +71,7 @@ def run_cases(
             stderr=errors,
             text=True,
             encoding="utf-8",
-            # Threads that spin while they wait would disturb the process whose turn it is.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path},
+            env={**({"OMP_WAIT_POLICY": "PASSIVE"} if passive_threads else {}), **os.environ, "PYTHONPATH": path},
         )
         with process:
             try:
