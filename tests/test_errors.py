@@ -41,7 +41,6 @@ def build_tiny(auto_name: str, **overrides: Any) -> Any:
 SHARED_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "heads that do not divide": ({"hidden_size": 33}, ("hidden_size = 33", "num_attention_heads = 4", "multiple")),
     "no heads": ({"num_attention_heads": 0}, ("num_attention_heads = 0",)),
-    "decoder": ({"is_decoder": True}, ("is_decoder = True", "no causal form", "leave it False")),
     "cross-attention": ({"add_cross_attention": True}, ("add_cross_attention = True", "leave it False")),
     "misspelt": ({"hidden_sise": 8}, ("no option 'hidden_sise'", "did you mean 'hidden_size'?")),
     "another family's": ({"num_key_value_heads": 2}, ("no option 'num_key_value_heads'",)),
@@ -79,6 +78,15 @@ LONGFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ids": ({"global_attention": [1, 64]}, ("global_attention = [1, 64]", "vocabulary of 64")),
     "negative ids": ({"global_attention": [-1]}, ("global_attention = [-1]",)),
     "separator": ({"global_attention": "question", "sep_token_id": None}, ("'question'", "sep_token_id")),
+    "causal global": ({"causal_global": "all"}, ("causal_global = 'all'", "'prefix'", "None")),
+    "global tokens in the causal form": (
+        {"is_decoder": True, "global_attention": "cls"},
+        ("global_attention = 'cls'", "causal_global = None", "causal_global='prefix'"),
+    ),
+    "a causal question": (
+        {"is_decoder": True, "causal_global": "prefix", "global_attention": "question"},
+        ("global_attention = 'question'", "choose 'cls', or 'none'"),
+    ),
     "slots": ({"max_global_tokens": 0}, ("max_global_tokens = 0", "1 or more")),
 }
 

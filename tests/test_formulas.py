@@ -70,6 +70,28 @@ def test_alone_is_batched(case: Case, variant: str) -> None:
             assert (batched[row][:, ~own] == 0).all(), "rows of padding are 0"
 
 
+@ROW
+@pytest.mark.parametrize("queries", [1, 5, 64, 70])
+def test_fewer_queries_are_the_last_ones(case: Case, variant: str, queries: int) -> None:
+    """Earlier keys come from a cache, which only a causal form has."""
+    query, key, value = qkv(3, 100)
+    short = query[:, :, -queries:]
+    if not case.variants[variant].causal:
+        with pytest.raises(ValueError, match="one shape"):
+            formula(case, variant, None, is_global_of(case, variant, 3, 100, None))(short, key, value)
+        return
+    for side, keep in paddings(3, 100).items():
+        is_global = is_global_of(case, variant, 3, 100, keep)
+        function, options = formula(case, variant, keep, is_global), case.variants[variant].options
+        ours = with_grads(lambda q, k, v: function(q[:, :, -queries:], k, v), (query, key, value))  # noqa: B023
+        right = with_grads(
+            lambda q, k, v: case.oracle(q, k, v, keep, is_global, **options)[:, :, -queries:],  # noqa: B023
+            (query, key, value),
+        )
+        for a, b in zip(ours, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m: f"{side} padding: {m}")  # noqa: B023
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_is_softmax_attention_in_the_limit(case: Case, length: int) -> None:

@@ -10,10 +10,12 @@ import transformers
 from datasets import Dataset
 from frame_family import BERT, LENGTHS, ROBERTA, TASKS, FrameConfig, build, inputs_for, labels_for
 from helpers import TINY, mask_of, no_warnings, random_ids, randomise_
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import BertConfig, ElectraConfig, ElectraModel, RobertaConfig, Trainer, TrainingArguments
+
+from hf_efficient_attn.encoder import layer
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -160,6 +162,29 @@ def test_chunked_feed_forward(chunk: int, norm_position: str) -> None:
     with torch.no_grad():
         assert_same("Model", parts(**inputs), whole(**inputs), torch.ones(3, 13))
     assert sum(sizes) == 13 and max(sizes) <= chunk
+
+
+def test_feed_forward_in_chunks_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference on a CPU cuts long texts; not where gradients are wanted, and hooks see whole texts."""
+    model, inputs = build(BERT, "Model"), inputs_for("Model")
+    whole, sizes = model(**inputs), []
+    forward = layer.Intermediate.forward
+
+    def counted(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        sizes.append(hidden_states.shape[1])
+        return forward(self, hidden_states)
+
+    monkeypatch.setattr(layer, "_INFERENCE_CHUNK", 5)
+    monkeypatch.setattr(layer.Intermediate, "forward", counted)
+    with torch.no_grad():
+        assert_same("Model", model(**inputs), whole, torch.ones(3, 13))
+    assert sizes == [5, 5, 3] * 2
+    sizes.clear()
+    model(**inputs)
+    model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: None)
+    with torch.no_grad():
+        model(**inputs)
+    assert sizes == [13, 13, 13, 5, 5, 3]
 
 
 @EVERY_TASK

@@ -366,7 +366,8 @@ def test_the_first_token_as_prefix_by_rule() -> None:
         seen = inputs["attention_mask"].bool()
         torch.testing.assert_close(by_rule(**inputs).logits[seen], right[seen], rtol=1e-5, atol=1e-5)
         for sizes in ([25, 15], [10, 30], [1] * LENGTH):
-            logits, _ = in_chunks(by_rule, inputs, sizes)
+            logits, past = in_chunks(by_rule, inputs, sizes)
+            assert all(layer.prefix.valid.shape[2] <= 2 for layer in past.layers), "no slot for later tokens"
             torch.testing.assert_close(logits[seen], right[seen], rtol=1e-4, atol=2e-4)
         plain = build("eff_longformer")(**inputs).logits
     assert not torch.allclose(plain[seen], right[seen], atol=1e-3)

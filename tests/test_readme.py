@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise_, tiny_tokenizer
-from transformers import LongformerConfig, LongformerForMaskedLM
+from transformers import LongformerConfig, LongformerForMaskedLM, LongformerForQuestionAnswering
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,9 +20,15 @@ SNIPPETS = [
 ]
 
 
+CHECKPOINTS = {
+    "allenai/longformer-base-4096": LongformerForMaskedLM,
+    "allenai/longformer-large-4096-finetuned-triviaqa": LongformerForQuestionAnswering,
+}
+
+
 @pytest.fixture
-def published(tmp_path: Path) -> Path:
-    """What a published Longformer checkpoint looks like: transformers' own classes, position table for 4,096 tokens."""
+def published(tmp_path: Path) -> dict[str, Path]:
+    """What published Longformer checkpoints look like: transformers' own classes, position table for 4,096 tokens."""
     tokenizer = tiny_tokenizer(max_length=4096)
     config = LongformerConfig(
         vocab_size=len(tokenizer),
@@ -34,10 +40,11 @@ def published(tmp_path: Path) -> Path:
         max_position_embeddings=4098,
         pad_token_id=1,
     )
-    folder = tmp_path / "published"
-    randomise_(LongformerForMaskedLM(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    folders = {name: tmp_path / model.__name__ for name, model in CHECKPOINTS.items()}
+    for name, folder in folders.items():
+        randomise_(CHECKPOINTS[name](config)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
 
 
 def test_there_are_snippets() -> None:
@@ -45,8 +52,9 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize(("page", "number", "code"), SNIPPETS, ids=[f"{page}-{number}" for page, number, _ in SNIPPETS])
-def test_snippet_runs(page: str, number: int, code: str, published: Path, tmp_path: Path) -> None:
-    code = code.replace("allenai/longformer-base-4096", str(published))
+def test_snippet_runs(page: str, number: int, code: str, published: dict[str, Path], tmp_path: Path) -> None:
+    for name, folder in published.items():
+        code = code.replace(name, str(folder))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

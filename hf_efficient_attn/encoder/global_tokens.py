@@ -75,11 +75,9 @@ def causal_prefix_mask(
         key_padding_mask = torch.ones(batch, past_length + length, dtype=torch.bool, device=device)
     own = key_padding_mask[:, past_length:]
     mask = as_bool_mask("global_attention_mask", global_attention_mask, *shape)
-    if mask is None:
-        if rule == "none":
-            return None, 0
-        return _first_tokens(key_padding_mask, shape, device)[:, past_length:], 1
-    mask = mask & own
+    if mask is None and rule == "none":
+        return None, 0
+    mask = _first_tokens(key_padding_mask, shape, device)[:, past_length:] if mask is None else mask & own
     tokens_so_far = key_padding_mask.long().cumsum(dim=1)[:, past_length:]
     global_so_far = mask.long().cumsum(dim=1) + (past_global[:, None] if isinstance(past_global, Tensor) else 0)
     is_prefix = (~mask | (tokens_so_far == global_so_far)).all()
@@ -94,6 +92,21 @@ def causal_prefix_mask(
     if not bool(is_prefix):
         raise ValueError(message)
     return mask, int(count.max())
+
+
+def refuse_global_tokens(global_attention_mask: Tensor | None) -> None:
+    """Raises `ValueError` where a causal model that has no global tokens is given some."""
+    if global_attention_mask is None:
+        return
+    none = (global_attention_mask == 0).all()
+    message = (
+        "global_attention_mask in a causal model: a global token attends later tokens, which must not be seen. Leave "
+        "it out, or load with causal_global='prefix' to make the first tokens global."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(none, message)
+    elif not bool(none):
+        raise ValueError(message)
 
 
 def _too_many(max_global_tokens: int) -> str:

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMixin
 from ...attention.cache import WindowCacheLayer
 from ...attention.longformer import LongformerSelfAttention
 from ...encoder.causal_lm import ForCausalLM
-from ...encoder.global_tokens import causal_prefix_mask, global_token_mask
+from ...encoder.global_tokens import causal_prefix_mask, global_token_mask, refuse_global_tokens
 from ...encoder.heads import DenseClassificationHead, RobertaLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
 from ...encoder.tasks import (
@@ -105,16 +105,12 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
         """The cache, and the global tokens of the batch if there may be any."""
         context = {} if past_key_values is None else {"past_key_values": past_key_values}
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past_length == 0 and self.config.causal_global is None:
-            # With a cache of global tokens keys outnumber queries, which is not for flex_attention.
-            context.update(self._block_masks(key_padding_mask, None, shape, device))
         if self.config.causal_global is None:
-            if global_attention_mask is not None and bool((global_attention_mask != 0).any()):
-                raise ValueError(
-                    "global_attention_mask in a causal model: a global token attends later tokens, which must not be "
-                    "seen. Leave it out, or load with causal_global='prefix' to make the first tokens global."
-                )
-            return context
+            refuse_global_tokens(global_attention_mask)
+            # After a cache keys outnumber queries, which is not for flex_attention.
+            return (
+                context if past_length > 0 else {**context, **self._block_masks(key_padding_mask, None, shape, device)}
+            )
         past_global = 0
         if past_key_values is not None:
             first = past_key_values.layers[0] if past_key_values.layers else None
