@@ -165,6 +165,31 @@ def test_dropout_drops_without_bias(case: Case, variant: str) -> None:
 
 
 @ROW
+@pytest.mark.parametrize("length", [1, 37, 200])
+def test_gradients_under_dropout_are_those_of_what_was_computed(case: Case, variant: str, length: int) -> None:
+    """A backward pass that computes probabilities again has to drop the same ones: against finite differences."""
+    keep = paddings(2, length)["left"]
+    function = formula(case, variant, keep, is_global_of(case, variant, 2, length, keep), dropout_p=0.3)
+    generator = torch.Generator().manual_seed(6)
+    inputs = qkv(2, length)
+    weight, *directions = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (inputs[0], *inputs))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return (function(*tensors) * weight).sum()
+
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    with torch.no_grad():
+        for number, (gradient, direction) in enumerate(zip(gradients, directions, strict=True)):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = list(inputs)
+                moved[number] = moved[number] + step * direction
+                ends.append(loss(*moved))
+            torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+@ROW
 def test_dropping_everything_gives_zeros(case: Case, variant: str) -> None:
     inputs = qkv(2, 40)
     found = with_grads(formula(case, variant, None, is_global_of(case, variant, 2, 40, None), dropout_p=1.0), inputs)

@@ -102,7 +102,7 @@ def write_csv(results: Sequence[Result], path: str | Path) -> Path:
     path = Path(path)
     rows = [_row(result) for result in results]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return path

@@ -124,23 +124,33 @@ class _Part:
         """`[blocks, size, d]` -> `[heads, blocks a head * size, d]`, a view."""
         return blocks.view(self.outer.numel(), -1, blocks.shape[-1])
 
-    def products(self, name: str, left: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
-        """`left` `[blocks, size, d]` times windows and global rows, `[blocks, size, span + slots]`."""
-        span = self.shape.span
-        both = self.shape.take(name, *left.shape[:2], span + self.slots)
-        torch.bmm(left, self.shape.windows(rows, blocks).transpose(1, 2), out=both[:, :, :span])
-        if self.slots > 0:
-            torch.bmm(self.by_head(left), global_rows.transpose(1, 2), out=self.by_head(both)[:, :, span:])
-        return both
+    def products(
+        self, name: str, left: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice
+    ) -> tuple[Tensor, Tensor]:
+        """`left` `[blocks, size, d]` times windows and global rows.
+
+        Returns:
+            The products with the windows, `[blocks, size, span]`, and room for all, `[blocks, size, span + slots]`, in
+            which those with the global rows stand. Without global rows both are the same memory.
+        """
+        shape, span = self.shape, self.shape.span
+        # Not straight into the room: torch takes a detour to write a product into memory with gaps.
+        local = shape.take(f"{name} of windows", *left.shape[:2], span)
+        torch.bmm(left, shape.windows(rows, blocks).transpose(1, 2), out=local)
+        if self.slots == 0:
+            return local, local
+        both = shape.take(name, *left.shape[:2], span + self.slots)
+        self.by_head(both)[:, :, span:] = torch.bmm(self.by_head(left), global_rows.transpose(1, 2))
+        return local, both
 
     def probs(self, blocks: slice) -> Tensor:
         """Probabilities of windows and global keys together, `[blocks, size, span + slots]`."""
         span = self.shape.span
-        scores = self.products("scores", self.query[blocks], self.key_rows, self.global_key, blocks)
+        local, scores = self.products("scores", self.query[blocks], self.key_rows, self.global_key, blocks)
         split = scores.view(*self.outer, -1, *scores.shape[1:])
         # By block of a head; all of them where the part has several heads.
         blocks = slice(None) if self.query.shape[0] > self.shape.count else blocks
-        split[..., :span] += self.bias.band
+        torch.add(local.view(*self.outer, -1, *local.shape[1:]), self.bias.band, out=split[..., :span])
         if any(self.bias.has_keys[blocks]):
             split[..., :span] += self.bias.keys[:, None, blocks]
         if self.slots > 0:
@@ -220,15 +230,17 @@ def _write_gradients(
     for blocks in part.chunks(step):
         above = result_grad[blocks]
         probs = part.probs(blocks)
-        probs_grad = part.products("probs_grad", above, part.value_rows, part.global_value, blocks)
+        local, probs_grad = part.products("probs_grad", above, part.value_rows, part.global_value, blocks)
         used = probs
         if options.dropout_p > 0.0:
             kept = options.kept(probs, shape.scratch, generator)
-            probs_grad.mul_(kept)
+            torch.mul(local, kept[:, :, : shape.span], out=probs_grad[:, :, : shape.span])
+            probs_grad[:, :, shape.span :] *= kept[:, :, shape.span :]
             used = kept.mul_(probs)
+        elif part.slots > 0:
+            probs_grad[:, :, : shape.span] = local
         part.add_adjoint_(value_grad, global_value_grad, used, above, blocks)
-        # The scores are not needed any more.
-        scores_grad = shape.take("scores", *probs.shape)
+        scores_grad = shape.take("scores_grad", *probs.shape)
         torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, shape.dtype, grad_input=scores_grad)
         part.add_adjoint_(key_grad, global_key_grad, scores_grad, part.query[blocks], blocks)
         query_grad = part.mix(scores_grad, part.key_rows, part.global_key, blocks).mul_(part.scale)
