@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass
-class Window:
+class Passage:
     """One input of the model: a question and a part of the context."""
 
     inputs: dict[str, list[int]]  # of the model, `length` each
@@ -19,7 +19,12 @@ class Window:
 
 
 def best_answers(
-    context: str, windows: list[Window], logits: list[np.ndarray], top_k: int, longest: int, allow_no_answer: bool
+    context: str,
+    windows: list[Passage],
+    logits: list[np.ndarray],
+    top_k: int,
+    longest: int,
+    allow_no_answer: bool,
 ) -> list[dict[str, Any]]:
     """The `top_k` best different answers of at most `longest` tokens, as `QuestionAnswerer` returns and scores them.
 

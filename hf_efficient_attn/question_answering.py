@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .answer_spans import Window, best_answers
+from .answer_spans import Passage, best_answers
 
 
 class QuestionAnswerer:
@@ -129,7 +129,7 @@ class QuestionAnswerer:
             results.append(answers if top_k > 1 else answers[0])
         return results[0] if isinstance(question, str) and isinstance(context, str) else results
 
-    def _windows(self, question: str, context: str, max_length: int | None, doc_stride: int | None) -> list[Window]:
+    def _windows(self, question: str, context: str, max_length: int | None, doc_stride: int | None) -> list[Passage]:
         limit = _max_input_length(self.model)
         if max_length is None:
             max_length = min(limit, self.tokenizer.model_max_length)
@@ -163,7 +163,7 @@ class QuestionAnswerer:
         step = room - stride
         return [self._window(encoded, number, number * step) for number in range(len(encoded["input_ids"]))]
 
-    def _window(self, encoded: BatchEncoding, number: int, first: int) -> Window:
+    def _window(self, encoded: BatchEncoding, number: int, first: int) -> Passage:
         texts = np.array([-1 if text is None else text for text in encoded.sequence_ids(number)])
         inputs = {"input_ids": encoded["input_ids"][number], "attention_mask": [1] * len(texts)}
         if "token_type_ids" in encoded:
@@ -175,9 +175,9 @@ class QuestionAnswerer:
         inputs = {name: values for name, values in inputs.items() if name in self._arguments}
         at = np.flatnonzero(texts == 1)
         offsets = np.array(encoded["offset_mapping"][number]).reshape(-1, 2)[at]
-        return Window(inputs, at, first, offsets, has_null=bool(texts[0] == -1))
+        return Passage(inputs, at, first, offsets, has_null=bool(texts[0] == -1))
 
-    def _logits(self, windows: list[Window], batch_size: int) -> list[np.ndarray]:
+    def _logits(self, windows: list[Passage], batch_size: int) -> list[np.ndarray]:
         """Start and end logits of each window, `[2, length]` float64."""
         device = next(self.model.parameters()).device
         # Padding is always on the right, where it moves no position in any model.

@@ -10,7 +10,7 @@ import transformers
 from frame_family import FrameConfig
 from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, tiny_config, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
 from transformers.cache_utils import Cache
 
 from hf_efficient_attn import FAMILIES
@@ -313,7 +313,8 @@ def test_text_generation_pipeline(family: str, tmp_path: Path) -> None:
     # The pipeline of 5.17 warns about what it does itself, with any model.
     with no_warnings() if transformers.__version__ >= "5.23" else nullcontext():
         generator = pipeline("text-generation", model=str(tmp_path))
-        texts = generator(["the quick", "a window of attention and the dog"], max_new_tokens=12, batch_size=2)
+        prompts = ["the quick", "a window of attention and the dog"]
+        texts = generator(prompts, max_new_tokens=12, batch_size=2, add_special_tokens=False)
         sampled = generator("the quick", max_new_tokens=12, do_sample=True, num_return_sequences=2)
     assert [text[0]["generated_text"][:9] for text in texts] == ["the quick", "a window "]
     assert len(sampled) == 2
@@ -332,17 +333,66 @@ def test_wrong_use_is_refused(family: str) -> None:
         "mark the first": lambda: prefix(ids[:, :1], global_attention_mask=one, past_key_values=past),
         "make_cache": lambda: plain(ids, past_key_values=((ids, ids),)),
         r"\[2, 13\]": lambda: prefix(ids[:, :1], ids[:, :1] * 0 + 1, past_key_values=past),
-        "12 tokens before it and 120": lambda: prefix(random_ids(2, 120), past_key_values=past),
+        "132 tokens, 12 of them in the cache.*max_new_tokens": lambda: prefix(random_ids(2, 120), past_key_values=past),
         "no place for global tokens": lambda: prefix(
             ids, global_attention_mask=(ids * 0 + 1), past_key_values=DynamicCache()
         ),
+        "StaticCache.*make_cache": lambda: plain(ids, past_key_values=StaticCache(plain.config, max_cache_len=20)),
+        "may become 132 tokens.*126.*lower max_new_tokens or max_length by 5": lambda: plain.generate(
+            ids, max_new_tokens=120
+        ),
         "logits_to_keep": lambda: plain(ids, labels=ids, logits_to_keep=1),
+        "logits_to_keep = -3": lambda: plain(ids, logits_to_keep=-3),
         "past_key_values": lambda: plain(ids, labels=ids, past_key_values=plain(ids).past_key_values),
         "cache_implementation = 'static'": lambda: plain.generate(ids, cache_implementation="static", max_new_tokens=2),
     }
     for message, call in refused.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@FAMILY
+@torch.no_grad()
+def test_a_cache_is_cropped_down_to_its_prefix(family: str) -> None:
+    """Where padding comes first, the prefix ends later."""
+    model = build(family, "prefix")
+    ids, keep = random_ids(2, 10), mask_of([10, 3], 10, "left")
+    is_global = ((keep.cumsum(1) <= 2) & keep.bool()).long()
+    caches = []
+    for _ in range(2):
+        caches.append(model.make_cache())
+        caches[-1].activate_past_recording()
+        model(ids, keep, global_attention_mask=is_global, past_key_values=caches[-1])
+    with pytest.raises(ValueError, match="leaves 8 tokens, but the first 9"):
+        caches[0].crop(-2)
+    assert caches[0].get_seq_length() == 10, "what is refused changes nothing"
+    caches[1].crop(-1)
+    again = model(ids[:, 9:], keep, past_key_values=caches[1]).logits
+    torch.testing.assert_close(
+        again, model(ids, keep, global_attention_mask=is_global).logits[:, 9:], rtol=1e-4, atol=2e-4
+    )
+
+
+@torch.no_grad()
+def test_compiled_steps_make_no_room_for_tokens_that_are_not_global() -> None:
+    model = build("eff_longformer", "prefix", global_attention="cls")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, past = random_ids(2, 12), None
+    for start, stop in ((0, 9), (9, 10), (10, 11)):
+        past = compiled(ids[:, start:stop], past_key_values=past).past_key_values
+    assert all(layer.prefix.valid.shape[2] == 1 for layer in past.layers)
+    logits = compiled(ids[:, 11:], past_key_values=past).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 11:], rtol=1e-4, atol=2e-4)
+
+
+@FAMILY
+def test_wrong_use_leaves_a_cache_usable(family: str) -> None:
+    prefix = build(family, "prefix")
+    ids = random_ids(2, 12)
+    past = prefix(ids).past_key_values
+    with pytest.raises(ValueError, match="mark the first"):
+        prefix(ids[:, :1], global_attention_mask=torch.ones_like(ids[:, :1]), past_key_values=past)
     # What is refused changes nothing: the cache still goes on.
     torch.testing.assert_close(
         prefix(ids[:, :1], past_key_values=past).logits,
@@ -350,9 +400,6 @@ def test_wrong_use_is_refused(family: str) -> None:
         rtol=1e-4,
         atol=2e-4,
     )
-    cropped = prefix(ids[:, :4], global_attention_mask=ids[:, :4] * 0 + 1).past_key_values
-    with pytest.raises(ValueError, match="cannot be taken back"):
-        cropped.crop(-2)
 
 
 def test_the_first_token_as_prefix_by_rule() -> None:

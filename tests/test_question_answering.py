@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from hf_efficient_attn import FAMILIES, QuestionAnswerer
-from hf_efficient_attn.answer_spans import Window, best_answers
+from hf_efficient_attn.answer_spans import Passage, best_answers
 
 
 QA = "AutoModelForQuestionAnswering"
@@ -212,13 +212,13 @@ def test_answer_in_the_overlap_counts_once() -> None:
     assert len({(answer["start"], answer["end"]) for answer in cut}) == 30
 
 
-def hand_made(first: int, values: list[list[float]], offsets: list[list[int]]) -> tuple[Window, np.ndarray]:
+def hand_made(first: int, values: list[list[float]], offsets: list[list[int]]) -> tuple[Passage, np.ndarray]:
     at = np.arange(1, len(offsets) + 1)
-    return Window({}, at, first, np.array(offsets), has_null=True), np.array(values, dtype=float)
+    return Passage({}, at, first, np.array(offsets), has_null=True), np.array(values, dtype=float)
 
 
 def test_best_of_two_windows_and_lowest_null() -> None:
-    """Window 0 sees tokens a b, window 1 b c; b is surer in the second, where CLS is lower."""
+    """Passage 0 sees tokens a b, window 1 b c; b is surer in the second, where CLS is lower."""
     windows, logits = zip(
         hand_made(0, [[5.0, 0.0, 1.0], [5.0, 0.0, 1.0]], [[0, 1], [2, 3]]),
         hand_made(1, [[2.0, 4.0, 0.0], [1.0, 3.0, 0.0]], [[2, 3], [4, 5]]),
@@ -583,9 +583,9 @@ def test_bad_models(tmp_path: Path) -> None:
 def test_no_number_and_no_token() -> None:
     answerer = QuestionAnswerer(ByTokenId({15: math.nan}, {}), word_tokenizer())
     refuses(lambda: answerer(question=QUESTION, context=TEXT), "NaN", "float32")
-    window = Window({}, np.array([1]), 0, np.array([[0, 0]]), has_null=True)
+    window = Passage({}, np.array([1]), 0, np.array([[0, 0]]), has_null=True)
     refuses(lambda: best_answers("\x00", [window], [np.zeros((2, 2))], 1, 15, True), "no token", "'\\x00'")
-    empty = Window({}, np.array([], dtype=int), 0, np.zeros((0, 2), dtype=int), has_null=True)
+    empty = Passage({}, np.array([], dtype=int), 0, np.zeros((0, 2), dtype=int), has_null=True)
     refuses(lambda: best_answers("\x00", [empty], [np.zeros((2, 2))], 1, 15, True), "no token")
 
 

@@ -19,9 +19,18 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
     def __init__(self, reach: int) -> None:
         super().__init__(sliding_window=reach + 1)
         self.prefix: Prefix | None = None
+        self._prefix_end: Tensor | int = 0
 
-    def extend_prefix(self, new: Prefix) -> Prefix:
-        """Add slots behind those that are there; the whole prefix."""
+    def extend_prefix(self, new: Prefix, index: Tensor) -> Prefix:
+        """Add slots behind those that are there, from places `index` `[batch, slots]` of the input that comes next.
+
+        Returns:
+            The whole prefix.
+        """
+        if new.valid.shape[2] > 0:
+            last = torch.where(new.valid[:, 0, :, 0], index, -1).max()
+            # Nothing new leaves it where it was.
+            self._prefix_end = torch.where(last >= 0, self.cumulative_length + last + 1, self._prefix_end)
         if self.prefix is None:
             self.prefix = new
         elif new.valid.shape[2] > 0:
@@ -37,17 +46,18 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
         """Forget everything."""
         # transformers 5.17 fills the old keys with zeros and then adds the new ones to them.
         self.keys = self.values = self.prefix = None
-        self.is_initialized = False
+        self.is_initialized, self._prefix_end = False, 0
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; raises `ValueError` if that reaches into the prefix."""
-        super().crop(tokens_to_remove)
-        if self.prefix is not None and self.cumulative_length < self.prefix.valid.shape[2]:
+        """Forget the last `-tokens_to_remove` tokens; raises `ValueError` if that reaches into the prefix."""
+        left, end = self.cumulative_length - abs(tokens_to_remove), int(self._prefix_end)
+        if left < end:
             raise ValueError(
-                f"crop leaves {self.cumulative_length} tokens, fewer than the {self.prefix.valid.shape[2]} global ones "
-                "at the beginning, which cannot be taken back; start with a new cache."
+                f"crop({tokens_to_remove}) leaves {left} tokens, but the first {end} hold global ones, which cannot be "
+                "taken back; start with a new cache."
             )
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the examples into the order of `beam_idx` `[batch]`."""

@@ -142,7 +142,7 @@ class LongformerSelfAttention(SelfAttention):
         if self.is_causal:
             prefix = self._prefix(hidden_states, key, value, global_tokens)
             if past_key_values is not None:
-                prefix = self._cached_prefix(past_key_values, prefix)
+                prefix = self._cached_prefix(past_key_values, prefix, global_tokens.index)
                 key, value = past_key_values.update(key, value, self.layer_idx)
                 if key_padding_mask is None:
                     seen = past_key_values.get_seq_length(self.layer_idx)
@@ -185,11 +185,11 @@ class LongformerSelfAttention(SelfAttention):
             global_tokens.valid[:, None, :, None],
         )
 
-    def _cached_prefix(self, past_key_values: "Cache", prefix: Prefix) -> Prefix:
+    def _cached_prefix(self, past_key_values: "Cache", prefix: Prefix, index: Tensor) -> Prefix:
         """The global tokens of this input and of those before it; kept in the cache."""
         layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
         if hasattr(layer, "extend_prefix"):
-            return layer.extend_prefix(prefix)
+            return layer.extend_prefix(prefix, index)
         if prefix.valid.shape[2] > 0:
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}, which has no place for global tokens; pass "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -70,6 +71,8 @@ class ForCausalLM(LanguageModel):
                 raise ValueError(
                     "labels need the logits of the whole text; leave out logits_to_keep and past_key_values."
                 )
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep = {logits_to_keep}: give a number of last tokens, 0 for all.")
         outputs = self.base_model(
             input_ids,
             attention_mask,
@@ -121,9 +124,27 @@ class ForCausalLM(LanguageModel):
         return positions + self.config.first_position
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """In place of transformers' own choice: a cache of one width a layer."""
+        """In place of transformers' own choice: a cache of one width a layer.
+
+        Raises:
+            ValueError: a text that would become longer than the model takes, before anything is generated; another
+                kind of cache.
+        """
+        limit = self.config.max_input_length
+        # The last token is only written, not read.
+        if max_cache_length > limit:
+            raise ValueError(
+                f"the text may become {max_cache_length + 1} tokens long, prompt and padding included, more than the "
+                f"{limit} that this model reads (max_position_embeddings = {self.config.max_position_embeddings}) and "
+                f"one more; lower max_new_tokens or max_length by {max_cache_length - limit}."
+            )
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation = {generation_config.cache_implementation!r}: {type(self).__name__} has a cache "

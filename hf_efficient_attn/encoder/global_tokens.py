@@ -67,10 +67,14 @@ def causal_prefix_mask(
     `key_padding_mask` `[batch, past_length + length]` covers the tokens before the input, `past_global` `[batch]` of
     which are global; `rule` is `"cls"` or `"none"`.
 
+    While compiling there is room for `max_global_tokens` marked ones, for one by the rule `"cls"`, and for none by it
+    after a cache, where that would be room for one more at each call: the first call has to reach every first token.
+
     Raises:
         ValueError: a global token after one that is not.
     """
     batch, length = shape
+    by_rule = global_attention_mask is None
     if key_padding_mask is None:
         key_padding_mask = torch.ones(batch, past_length + length, dtype=torch.bool, device=device)
     own = key_padding_mask[:, past_length:]
@@ -87,8 +91,12 @@ def causal_prefix_mask(
     )
     if torch.compiler.is_compiling():
         torch._assert_async(is_prefix, message)
-        torch._assert_async((count <= max_global_tokens).all(), _too_many(max_global_tokens))
-        return mask, max_global_tokens
+        if by_rule and past_length > 0:
+            torch._assert_async((count == 0).all(), "the first compiled call must hold each first token")
+            return None, 0
+        room = 1 if by_rule else max_global_tokens
+        torch._assert_async((count <= room).all(), _too_many(room))
+        return mask, room
     if not bool(is_prefix):
         raise ValueError(message)
     return mask, int(count.max())

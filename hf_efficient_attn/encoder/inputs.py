@@ -43,9 +43,14 @@ def input_shape(
     if not torch.compiler.is_compiling() and (batch == 0 or length == 0):
         raise ValueError(f"the input is empty, [batch, length] = [{batch}, {length}]; give at least one token.")
     if past_length + length > config.max_input_length:
-        before = f"{past_length} tokens before it and " if past_length else ""
+        if past_length > 0:
+            raise ValueError(
+                f"the text has {past_length + length} tokens, {past_length} of them in the cache, more than the "
+                f"model's {config.max_input_length} (max_position_embeddings = {config.max_position_embeddings}); "
+                "generate fewer (max_new_tokens), or build the model with a longer position table."
+            )
         raise ValueError(
-            f"the input has {before}{length} tokens, more than the {config.max_input_length} of this model "
+            f"the input has {length} tokens, more than the {config.max_input_length} of this model "
             f"(max_position_embeddings = {config.max_position_embeddings}, {config.first_position} of them reserved); "
             f"truncate with tokenizer(..., truncation=True, max_length={config.max_input_length})."
         )

@@ -136,7 +136,8 @@ class EffEncoderModel:
                     "input. Leave it out, or load a causal model (is_decoder=True)."
                 )
             return None
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
+        # A cache of fixed size holds room that is no token yet, which windows would count.
+        if past_key_values is not None and (not isinstance(past_key_values, Cache) or past_key_values.is_compileable):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; give what the last call returned, or "
                 "model.make_cache()."

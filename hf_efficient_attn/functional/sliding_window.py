@@ -128,7 +128,8 @@ def sliding_window_allowed(
 
 
 def _block_size(radius: int) -> int:
-    # Small blocks waste few keys, large ones make fewer, larger matrix products.
+    # Small blocks waste few keys, large ones make fewer, larger matrix products. Larger than those of the CPU's path,
+    # because here all of them are in memory together, with their keys.
     return max(32, min(256, radius))
 
 

@@ -28,8 +28,8 @@ class Scratch:
 class WindowBlocks:
     """The blocks of one length: `count` blocks of `size` queries, each with the `span` keys around it.
 
-    "Rows" below are the tokens of all heads behind one another, each head filled up to whole blocks, with the keys
-    that the first and last block look back and ahead to around them.
+    "Rows" below are the tokens of some heads, each filled up to whole blocks and with zeros around it where its first
+    and last block look back and ahead.
     """
 
     def __init__(self, length: int, window: Window, dtype: torch.dtype) -> None:
@@ -55,37 +55,43 @@ class WindowBlocks:
         return padded.view(-1, self.size, width)
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
-        """`[examples, heads, length, d]` -> rows `[examples * heads * padded + width, d]` in scratch memory."""
+        """`[examples, heads, length, d]` -> rows `[examples * heads, padded + width, d]` in scratch memory."""
         *outer, _, width = tensor.shape
         rows = self.zero_rows(name, outer[0] * outer[1], width)
-        inner = self.inner(rows).view(*outer, self.padded, width)
-        inner[:, :, : self.length] = tensor
+        self.inner(rows).unflatten(0, tuple(outer))[:, :, : self.length] = tensor
         return rows
 
     def zero_rows(self, name: str, heads: int, width: int) -> Tensor:
         """Rows of zeros, in scratch memory."""
-        return self.take(name, heads * self.padded + self.window.width, width).zero_()
+        return self.take(name, heads, self.padded + self.window.width, width).zero_()
 
     def inner(self, rows: Tensor) -> Tensor:
-        """The rows of tokens, without what is around them: a view."""
-        return rows[self.window.back : rows.shape[0] - self.window.ahead]
+        """The rows of tokens, without what is around them: a view `[heads, padded, d]`."""
+        return rows[:, self.window.back : self.window.back + self.padded]
 
-    def windows(self, rows: Tensor, blocks: slice, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys `start` to `stop` of the windows of some blocks: overlapping views `[blocks, stop - start, d]`."""
-        stop = self.span if stop is None else stop
-        width = rows.shape[-1]
-        return rows.as_strided(
-            (blocks.stop - blocks.start, stop - start, width),
-            (self.size * width, width, 1),
-            (blocks.start * self.size + start) * width,
-        )
+    def windows(self, name: str, rows: Tensor, blocks: slice) -> Tensor:
+        """The windows of some blocks of every head, `[heads * blocks, span, d]`; for one head a view."""
+        views = self._views(rows, blocks, 0, self.span)
+        if rows.shape[0] == 1:
+            return views[0]
+        return self.take(name, *views.shape).copy_(views).flatten(0, 1)
 
     def add_windows_(self, rows: Tensor, blocks: slice, windows: Tensor) -> None:
-        """Add windows `[blocks, span, d]` to the rows they view."""
+        """Add windows `[heads * blocks, span, d]` to the rows they view."""
+        windows = windows.unflatten(0, (rows.shape[0], -1))
         # Pieces of at most one block do not overlap each other.
         for start in range(0, self.span, self.size):
             stop = min(start + self.size, self.span)
-            self.windows(rows, blocks, start, stop).add_(windows[:, start:stop])
+            self._views(rows, blocks, start, stop).add_(windows[:, :, start:stop])
+
+    def _views(self, rows: Tensor, blocks: slice, start: int, stop: int) -> Tensor:
+        """Keys `start` to `stop` of windows: overlapping views `[heads, blocks, stop - start, d]`."""
+        heads, length, width = rows.shape
+        return rows.as_strided(
+            (heads, blocks.stop - blocks.start, stop - start, width),
+            (length * width, self.size * width, width, 1),
+            rows.storage_offset() + (blocks.start * self.size + start) * width,
+        )
 
     def bias(self, counted: Tensor | None, global_tokens: TokenSlots | None) -> "WindowBias":
         """The masks of some examples, of which `counted` `[examples, length]` keys count in windows; None for all."""

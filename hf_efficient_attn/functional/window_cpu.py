@@ -114,20 +114,21 @@ class _Part:
             )
 
     def chunks(self, step: int) -> Iterator[slice]:
-        """Ranges of at most `step` of the part's blocks, or all of them if it has more than one head."""
-        blocks = self.query.shape[0]
-        step = blocks if blocks > self.shape.count else step
-        for start in range(0, blocks, step):
-            yield slice(start, min(start + step, blocks))
+        """Ranges of at most `step` blocks of a head, or all of them if there is more than one head."""
+        step = step if self.outer.numel() == 1 else self.shape.count
+        for start in range(0, self.shape.count, step):
+            yield slice(start, min(start + step, self.shape.count))
+
+    def of(self, blocks: slice, tensor: Tensor) -> Tensor:
+        """Those blocks of `[heads * count, size, d]`."""
+        return tensor[blocks] if self.outer.numel() == 1 else tensor
 
     def by_head(self, blocks: Tensor) -> Tensor:
         """`[blocks, size, d]` -> `[heads, blocks a head * size, d]`, a view."""
         return blocks.view(self.outer.numel(), -1, blocks.shape[-1])
 
-    def products(
-        self, name: str, left: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice
-    ) -> tuple[Tensor, Tensor]:
-        """`left` `[blocks, size, d]` times windows and global rows.
+    def products(self, name: str, left: Tensor, windows: Tensor, global_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`left` `[blocks, size, d]` times windows `[blocks, span, d]` and global rows.
 
         Returns:
             The products with the windows, `[blocks, size, span]`, and room for all, `[blocks, size, span + slots]`, in
@@ -136,7 +137,7 @@ class _Part:
         shape, span = self.shape, self.shape.span
         # Not straight into the room: torch takes a detour to write a product into memory with gaps.
         local = shape.take(f"{name} of windows", *left.shape[:2], span)
-        torch.bmm(left, shape.windows(rows, blocks).transpose(1, 2), out=local)
+        torch.bmm(left, windows.transpose(1, 2), out=local)
         if self.slots == 0:
             return local, local
         both = shape.take(name, *left.shape[:2], span + self.slots)
@@ -146,10 +147,9 @@ class _Part:
     def probs(self, blocks: slice) -> Tensor:
         """Probabilities of windows and global keys together, `[blocks, size, span + slots]`."""
         span = self.shape.span
-        local, scores = self.products("scores", self.query[blocks], self.key_rows, self.global_key, blocks)
+        query, keys = self.of(blocks, self.query), self.shape.windows("keys", self.key_rows, blocks)
+        local, scores = self.products("scores", query, keys, self.global_key)
         split = scores.view(*self.outer, -1, *scores.shape[1:])
-        # By block of a head; all of them where the part has several heads.
-        blocks = slice(None) if self.query.shape[0] > self.shape.count else blocks
         torch.add(local.view(*self.outer, -1, *local.shape[1:]), self.bias.band, out=split[..., :span])
         if any(self.bias.has_keys[blocks]):
             split[..., :span] += self.bias.keys[:, None, blocks]
@@ -157,11 +157,11 @@ class _Part:
             split[..., span:] += self.bias.extra[:, None, blocks]
         return torch.ops.aten._softmax.out(scores, -1, False, out=self.shape.take("probs", *scores.shape))
 
-    def mix(self, weights: Tensor, rows: Tensor, global_rows: Tensor | None, blocks: slice) -> Tensor:
+    def mix(self, weights: Tensor, windows: Tensor, global_rows: Tensor | None) -> Tensor:
         """`weights` `[blocks, size, span + slots]` times windows and global rows, `[blocks, size, d]`."""
         span = self.shape.span
-        mixed = self.shape.take("mixed", *weights.shape[:2], rows.shape[1])
-        torch.bmm(weights[:, :, :span], self.shape.windows(rows, blocks), out=mixed)
+        mixed = self.shape.take("mixed", *weights.shape[:2], windows.shape[2])
+        torch.bmm(weights[:, :, :span], windows, out=mixed)
         if self.slots > 0:
             self.by_head(mixed).baddbmm_(self.by_head(weights)[:, :, span:], global_rows)
         return mixed
@@ -171,7 +171,7 @@ class _Part:
     ) -> None:
         """Add the transpose of `weights` times `left` to the rows and global rows they came from."""
         span = self.shape.span
-        windows = self.shape.take("windows", weights.shape[0], span, left.shape[-1])
+        windows = self.shape.take("gradient of windows", weights.shape[0], span, left.shape[-1])
         self.shape.add_windows_(rows, blocks, torch.bmm(weights[:, :, :span].transpose(1, 2), left, out=windows))
         if self.slots > 0:
             global_rows.baddbmm_(self.by_head(weights)[:, :, span:].transpose(1, 2), self.by_head(left))
@@ -180,13 +180,11 @@ class _Part:
         """Put `[blocks, size, d]` into `target` `[batch, heads, length, d]`."""
         shape, mixed = self.shape, mixed.view(*self.outer, -1, mixed.shape[-1])
         start, stop = blocks.start * shape.size, min(blocks.stop * shape.size, shape.length)
-        if self.query.shape[0] > shape.count:
-            start, stop = 0, shape.length
         target[self.where][:, :, start:stop] = mixed[:, :, : stop - start]
 
     def write_rows(self, target: Tensor, rows: Tensor, global_rows: Tensor | None) -> None:
         """Put rows of tokens, and what global ones have besides, into `target` `[batch, heads, length, d]`."""
-        tokens = self.shape.inner(rows).view(*self.outer, self.shape.padded, rows.shape[-1])
+        tokens = self.shape.inner(rows).unflatten(0, tuple(self.outer))
         if global_rows is not None:
             index = self.global_index[:, None, :, None].expand(*self.outer, -1, rows.shape[-1])
             tokens.scatter_add_(2, index, global_rows.view(index.shape))
@@ -228,9 +226,10 @@ def _write_gradients(
         global_key_grad, global_value_grad = torch.zeros_like(part.global_key), torch.zeros_like(part.global_value)
     result_grad = shape.blocks("result_grad", grad[part.where]).div_(options.keep_share)
     for blocks in part.chunks(step):
-        above = result_grad[blocks]
+        above, query = part.of(blocks, result_grad), part.of(blocks, part.query)
         probs = part.probs(blocks)
-        local, probs_grad = part.products("probs_grad", above, part.value_rows, part.global_value, blocks)
+        values = shape.windows("values", part.value_rows, blocks)
+        local, probs_grad = part.products("probs_grad", above, values, part.global_value)
         used = probs
         if options.dropout_p > 0.0:
             kept = options.kept(probs, shape.scratch, generator)
@@ -242,9 +241,9 @@ def _write_gradients(
         part.add_adjoint_(value_grad, global_value_grad, used, above, blocks)
         scores_grad = shape.take("scores_grad", *probs.shape)
         torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, shape.dtype, grad_input=scores_grad)
-        part.add_adjoint_(key_grad, global_key_grad, scores_grad, part.query[blocks], blocks)
-        query_grad = part.mix(scores_grad, part.key_rows, part.global_key, blocks).mul_(part.scale)
-        part.write(grads[0], query_grad, blocks)
+        part.add_adjoint_(key_grad, global_key_grad, scores_grad, query, blocks)
+        query_grad = part.mix(scores_grad, shape.windows("keys", part.key_rows, blocks), part.global_key)
+        part.write(grads[0], query_grad.mul_(part.scale), blocks)
     part.write_rows(grads[1], key_grad, global_key_grad)
     part.write_rows(grads[2], value_grad, global_value_grad)
 
@@ -267,7 +266,7 @@ class _WindowAttention(torch.autograd.Function):
                     probs = part.probs(blocks)
                     if options.dropout_p > 0.0:
                         probs.mul_(options.kept(probs, shape.scratch, generator))
-                    mixed = part.mix(probs, part.value_rows, part.global_value, blocks)
+                    mixed = part.mix(probs, shape.windows("values", part.value_rows, blocks), part.global_value)
                     part.write(result, mixed.div_(options.keep_share), blocks)
         ctx.save_for_backward(*saved[:4], *(saved.global_tokens or ()))
         ctx.options = (options, chunk_bytes)
