@@ -51,7 +51,9 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; raises `ValueError` if that reaches into the prefix."""
-        left, end = self.cumulative_length - abs(tokens_to_remove), int(self._prefix_end)
+        # A positive number is what is to be left in transformers 5.17, and refused by later versions.
+        left = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        end = int(self._prefix_end)
         if left < end:
             raise ValueError(
                 f"crop({tokens_to_remove}) leaves {left} tokens, but the first {end} hold global ones, which cannot be "
