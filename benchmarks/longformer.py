@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from hf_efficient_attn.bench import (
-    GIB,
     KINDS,
     MIB,
     MODES,
@@ -29,16 +28,18 @@ from hf_efficient_attn.bench import (
     Comparison,
     ModelSize,
     Result,
-    available_bytes,
     check_outputs,
     describe,
     environment_line,
     make_cases,
     markdown_tables,
+    memory_bound,
     print_tables,
     ratio_lines,
     require_extras,
     run_cases,
+    split_names,
+    split_numbers,
     write_csv,
 )
 
@@ -70,16 +71,6 @@ NOTES = (
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _lengths(text: str) -> list[int]:
-    if not _names(text) or not all(name.isdigit() for name in _names(text)):
-        raise ValueError(f"--lengths is {text!r}, but it has to be whole numbers separated by commas: 1024,4096.")
-    return [int(name) for name in _names(text)]
 
 
 def _check_files(files: Sequence[Path]) -> None:
@@ -139,10 +130,10 @@ def main(
         size = replace(size, vocab_size=vocab_size)
     lengths = lengths or (QUICK_LENGTHS if quick else LENGTHS)
     common = {"task": "base", "optimizer": "sgd", "threads": threads}
-    cases = make_cases(_names(kinds), _lengths(lengths), _names(modes), [size], GLOBAL_TOKENS, **common)
-    free = available_bytes()
-    memory = (8 * GIB if free is None else 0.8 * free) if max_memory_gib is None else max_memory_gib * GIB
-    bounds = Bounds(max_seconds, int(memory))
+    cases = make_cases(
+        split_names(kinds), split_numbers("lengths", lengths), split_names(modes), [size], GLOBAL_TOKENS, **common
+    )
+    bounds = Bounds(max_seconds, memory_bound(max_memory_gib))
 
     setting = (
         f"{size.num_layers} layers, hidden size {size.hidden_size}, {size.num_heads} heads, feed-forward "

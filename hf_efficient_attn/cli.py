@@ -89,26 +89,29 @@ def bench(
             GIB,
             Bounds,
             ModelSize,
-            available_bytes,
             describe,
             make_cases,
+            memory_bound,
             plot,
             print_tables,
             require_extras,
             run_cases,
+            split_names,
+            split_numbers,
             write_csv,
         )
 
         require_extras("rich", *(["matplotlib"] if output_dir is not None else []))
         sizes = [
             ModelSize(hidden_size, layers, heads, intermediate_size or 4 * hidden_size, vocab_size, window)
-            for window in _numbers("windows", windows)
+            for window in split_numbers("windows", windows)
         ]
         common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer}
-        cases = make_cases(_names(families), _numbers("lengths", lengths), _names(modes), sizes, **common)
-        free = available_bytes()
-        memory = (8 * GIB if free is None else 0.8 * free) if max_memory_gib is None else max_memory_gib * GIB
-        bounds = Bounds(max_seconds, int(memory))
+        cases = make_cases(
+            split_names(families), split_numbers("lengths", lengths), split_names(modes), sizes, **common
+        )
+        memory = memory_bound(max_memory_gib)
+        bounds = Bounds(max_seconds, memory)
         typer.echo(
             f"{len(cases)} cases, at most {max_seconds:g} s a pass and {memory / GIB:.1f} GiB a process; "
             f"the time is the median of {repeats} runs."
@@ -120,20 +123,6 @@ def bench(
             title = f"hidden size {hidden_size}, {layers} layers, {dtype}, batch {batch_size}"
             typer.echo(f"csv   {write_csv(results, output_dir / 'benchmark.csv')}")
             typer.echo(f"plot  {plot(results, output_dir / 'benchmark.png', title)}")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        numbers = [int(name) for name in _names(text)]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise ValueError(f"--{option} is {text!r}, but it has to be whole numbers separated by commas: 1024,4096.")
-    return numbers
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ from hf_efficient_attn.functional import (
 FLEX_ROWS = [(case, name) for case, name in ROWS if "flex_attention" in ATTENTIONS[case.name].backends]
 ROW = pytest.mark.parametrize(("case", "variant"), FLEX_ROWS, ids=[f"{case.name}: {name}" for case, name in FLEX_ROWS])
 WINDOW_ROWS = [(case, name) for case, name in FLEX_ROWS if case.name == "longformer"]
-WINDOW_ROW = pytest.mark.parametrize(("case", "variant"), WINDOW_ROWS, ids=[name for _, name in WINDOW_ROWS])
+# Wide windows over whole blocks, up to an edge and one beyond it; the others as they are.
+RADII = (127, 128, 129, 254, 255, 256, 257, 300)
+TABLES = [(case, name, radius) for case, name in WINDOW_ROWS for radius in (RADII if "wide" in name else (None,))]
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -50,20 +52,17 @@ def test_equals_the_other_backends(case: Case, variant: str, uncompiled: None) -
             torch.testing.assert_close(ours, sdpa(states, keep, **context)[0], rtol=1e-4, atol=1e-5)
 
 
-@WINDOW_ROW
+@pytest.mark.parametrize(("case", "variant", "radius"), TABLES, ids=[f"{name} {radius}" for _, name, radius in TABLES])
 @pytest.mark.parametrize("length", [1, 128, 129, 700])
-@pytest.mark.parametrize("radius", [127, 128, 129, 254, 255, 256, 257, 300])
-def test_the_table_of_blocks_is_that_of_the_mask(case: Case, variant: str, length: int, radius: int) -> None:
+def test_the_table_of_blocks_is_that_of_the_mask(case: Case, variant: str, length: int, radius: int | None) -> None:
     """A block stands in it if any pair of any head is allowed, as a whole one only if every pair is."""
-    if "wide" not in variant and radius != 300:
-        return  # of these only the wide windows take it
     for keep in paddings(2, length).values():
         is_global = case.variants[variant].is_global(2, length)
         tokens = slots(is_global, keep)
         key = qkv(2, length, torch.float32)[1]
         options = case.variants[variant].options
-        if "wide" in variant:
-            options = {**options, "radius": radius}  # over whole blocks, up to an edge and one beyond it
+        if radius is not None:
+            options = {**options, "radius": radius}
         mask = window_block_mask(key, keep, tokens, **options)
         allowed = sliding_window_allowed(key, keep, tokens, **options).expand(2, 4, -1, -1)
         needed, whole = _blocks_of(allowed, keep)

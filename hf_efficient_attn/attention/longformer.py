@@ -139,19 +139,19 @@ class LongformerSelfAttention(SelfAttention):
             nowhere = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
             global_tokens = select_tokens(nowhere, 0)
         columns = global_tokens
+        global_states = gather_tokens(hidden_states, global_tokens.index)
+        global_query = self.split(self.query_global(global_states))
         if self.is_causal:
-            prefix = self._prefix(hidden_states, key, value, global_tokens)
+            prefix = self._prefix(global_states, key, value, global_tokens)
             if past_key_values is not None:
                 prefix = self._cached_prefix(past_key_values, prefix, global_tokens.index)
                 key, value = past_key_values.update(key, value, self.layer_idx)
-                if key_padding_mask is None:
-                    seen = past_key_values.get_seq_length(self.layer_idx)
-                    key_padding_mask = torch.ones(batch, seen, dtype=torch.bool, device=key.device)
-                key, value, key_padding_mask, columns = _behind_prefix(key, value, key_padding_mask, prefix)
-            rows, row_weights = self._causal_rows(hidden_states, global_tokens, prefix, columns, dropout_p)
+                seen = past_key_values.get_seq_length(self.layer_idx)
+                key, value, key_padding_mask, columns = _behind_prefix(key, value, key_padding_mask, prefix, seen)
+            rows, row_weights = self._causal_rows(global_query, prefix, columns, dropout_p)
         else:
             rows, row_weights = projected_attention(
-                self.split(self.query_global(gather_tokens(hidden_states, global_tokens.index))),
+                global_query,
                 hidden_states,
                 key_padding_mask,
                 key_weight=self.key_global.weight,
@@ -174,9 +174,8 @@ class LongformerSelfAttention(SelfAttention):
             mixed = sliding_window_attention(query, key, value, key_padding_mask, **options)
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
 
-    def _prefix(self, hidden_states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:
-        """The input's own global tokens."""
-        states = gather_tokens(hidden_states, global_tokens.index)
+    def _prefix(self, states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:
+        """The input's own global tokens, whose `states` are `[batch, slots, hidden]`."""
         return Prefix(
             gather_tokens(key, global_tokens.index),
             gather_tokens(value, global_tokens.index),
@@ -198,20 +197,15 @@ class LongformerSelfAttention(SelfAttention):
         return prefix
 
     def _causal_rows(
-        self,
-        hidden_states: Tensor,
-        global_tokens: TokenSlots,
-        prefix: Prefix,
-        columns: TokenSlots,
-        dropout_p: float,
+        self, query: Tensor, prefix: Prefix, columns: TokenSlots, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
         """Rows of the input's global tokens: attention over the prefix up to themselves, with the global projections.
 
         Returns:
             `[batch, heads, slots, head_dim]`, and the weights over the keys that `columns` stand for.
         """
-        query = self.split(self.query_global(gather_tokens(hidden_states, global_tokens.index)))
-        slots, before = global_tokens.slots, prefix.valid.shape[2] - global_tokens.slots
+        slots = query.shape[2]
+        before = prefix.valid.shape[2] - slots
         order = torch.arange(before + slots, device=query.device)
         allowed = prefix.valid.transpose(2, 3) & (order[None, :] <= order[before:, None])
         rows, weights = dense_attention(query, prefix.global_key, prefix.global_value, allowed, dropout_p=dropout_p)
@@ -220,11 +214,11 @@ class LongformerSelfAttention(SelfAttention):
 
 
 def _behind_prefix(
-    key: Tensor, value: Tensor, key_padding_mask: Tensor, prefix: Prefix
-) -> tuple[Tensor, Tensor, Tensor, TokenSlots]:
+    key: Tensor, value: Tensor, key_padding_mask: Tensor | None, prefix: Prefix, seen: int
+) -> tuple[Tensor, Tensor, Tensor | None, TokenSlots]:
     """Cached keys and values with those of the prefix in front, where they stand for good.
 
-    `key_padding_mask` covers every token so far; the result covers the keys. A global token that the window still
+    `key_padding_mask` covers the `seen` tokens so far; the result covers the keys. A global token that the window still
     holds as well counts only in front.
     """
     batch, slots, kept = key.shape[0], prefix.valid.shape[2], key.shape[2]
@@ -233,7 +227,9 @@ def _behind_prefix(
     mask = torch.cat([valid, valid.new_zeros(batch, kept)], dim=1)
     columns = TokenSlots(mask, in_front, valid)
     if slots == 0:
-        return key, value, key_padding_mask[:, -kept:], columns
+        return key, value, None if key_padding_mask is None else key_padding_mask[:, -kept:], columns
+    if key_padding_mask is None:
+        key_padding_mask = valid.new_ones(batch, seen)
     is_prefix = key_padding_mask.long().cumsum(dim=1) <= valid.sum(dim=1, keepdim=True)
     counted = torch.cat([valid, (key_padding_mask & ~is_prefix)[:, -kept:]], dim=1)
     return torch.cat([prefix.key, key], dim=2), torch.cat([prefix.value, value], dim=2), counted, columns

@@ -10,6 +10,7 @@ from .extras import require_extras
 from .kinds import KINDS, Kind
 from .measure import run_cases
 from .memory import GIB, MIB, available_bytes
+from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
 
@@ -32,11 +33,14 @@ __all__ = [
     "environment_line",
     "make_cases",
     "markdown_tables",
+    "memory_bound",
     "output_difference",
     "plot",
     "print_tables",
     "ratio_lines",
     "require_extras",
     "run_cases",
+    "split_names",
+    "split_numbers",
     "write_csv",
 ]

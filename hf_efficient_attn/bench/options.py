@@ -1,0 +1,33 @@
+"""What the commands that measure share: lists in options, and the default bound for memory."""
+
+from __future__ import annotations
+
+from .memory import GIB, available_bytes
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def split_numbers(option: str, text: str, example: str = "1024,4096") -> list[int]:
+    """Whole numbers separated by commas, of the option `--<option>`.
+
+    Raises:
+        ValueError: anything else, or nothing; the message shows the `example`.
+    """
+    try:
+        numbers = [int(name) for name in split_names(text)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"--{option} is {text!r}, but it has to be whole numbers separated by commas: {example}.")
+    return numbers
+
+
+def memory_bound(max_memory_gib: float | None) -> int:
+    """Bytes one process may use: the number given, else 80 % of the free memory, else 8 GiB."""
+    if max_memory_gib is not None:
+        return int(max_memory_gib * GIB)
+    free = available_bytes()
+    return int(8 * GIB if free is None else 0.8 * free)
