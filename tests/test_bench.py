@@ -7,10 +7,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -114,6 +116,30 @@ def test_a_case_that_fails_says_why_and_the_rest_goes_on() -> None:
     results = run_cases([broken, Case("eff_longformer", 32, "forward", TINY)], WIDE, repeats=1)
     assert results[0].status == "failed" and "Error" in results[0].detail
     assert results[1].status == "ok"
+
+
+def test_nothing_goes_on_once_the_caller_is_killed() -> None:
+    job = (
+        "from hf_efficient_attn.bench import Bounds, Case, ModelSize, run_cases\n"
+        "case = Case('bert', 2048, 'train', task='base')\n"
+        "run_cases([case], Bounds(seconds=600, memory_bytes=2**36), repeats=1000, case_seconds=600, "
+        "on_result=print)\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", job])
+    try:
+        deadline = time.monotonic() + 60
+        family: list[psutil.Process] = []
+        while len(family) < 2:  # the measuring process and the case's own
+            assert caller.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+            family = psutil.Process(caller.pid).children(recursive=True)
+    finally:
+        caller.kill()
+        caller.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_predictions_grow_with_the_right_power() -> None:

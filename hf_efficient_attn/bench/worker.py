@@ -38,6 +38,7 @@ class Child:
         self._bounds = bounds
         self._deadline = deadline
         context = multiprocessing.get_context(_START_METHOD)
+        self._caller = os.getppid()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(result.case, theirs), daemon=True)
         self._process.start()
@@ -70,6 +71,8 @@ class Child:
     def _wait(self, seconds: float) -> dict[str, Any] | None:
         started = time.monotonic()
         while not self._connection.poll(_POLL_SECONDS):
+            if os.getppid() != self._caller:  # killed: nobody wants the results, and nobody else ends the children
+                raise SystemExit("the calling process has ended")
             used = resident_bytes(self._process.pid)
             if used is not None and used > self._bounds.memory_bytes:
                 limit = self._bounds.memory_bytes / MIB

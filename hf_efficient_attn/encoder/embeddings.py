@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
 
@@ -32,9 +33,12 @@ class Embeddings(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """`inputs_embeds` `[batch, length, width]`, ids `[batch or 1, length]` -> `[batch, length, width]`."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids[:1])
+        return in_chunks(self._sum, inference_chunk(inputs_embeds, self), inputs_embeds, position_ids, token_type_ids)
+
+    def _sum(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         embedded = inputs_embeds + self.position_embeddings(position_ids)
         if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros_like(position_ids[:1])
             embedded = embedded + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(embedded))

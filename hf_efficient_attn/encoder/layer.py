@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
-
-_INFERENCE_CHUNK = 1024
 
 AttentionFactory = Callable[[EffEncoderConfig, int], nn.Module]
 """Builds the attention module of a layer: `(config, layer_idx)`; its forward returns `(states, weights or None)`."""
@@ -76,7 +75,7 @@ class AttentionBlock(Recorded):
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
         mixed, weights = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
-        return self.output(mixed, hidden_states), weights
+        return in_chunks(self.output, inference_chunk(mixed, self.output), mixed, hidden_states), weights
 
 
 class EncoderLayer(Recorded, GradientCheckpointingLayer):
@@ -92,20 +91,8 @@ class EncoderLayer(Recorded, GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
         hidden_states, _ = self.attention(hidden_states, key_padding_mask, **context)
-        chunk = self.chunk_size or self._inference_chunk(hidden_states)
-        if 0 < chunk < hidden_states.shape[1]:
-            return torch.cat([self._feed_forward(part) for part in hidden_states.split(chunk, dim=1)], dim=1)
-        return self._feed_forward(hidden_states)
-
-    def _inference_chunk(self, hidden_states: Tensor) -> int:
-        """Tokens at a time that are quickest on a CPU where nothing is kept for a backward pass; 0 for all.
-
-        Fresh memory for the wide inner states of a long text costs more than the work in it. Hooks see whole texts.
-        """
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
-            return 0
-        inner = (*self.intermediate.modules(), *self.output.modules())
-        return 0 if any(x._forward_hooks or x._forward_pre_hooks for x in inner) else _INFERENCE_CHUNK
+        chunk = self.chunk_size or inference_chunk(hidden_states, self.intermediate, self.output)
+        return in_chunks(self._feed_forward, chunk, hidden_states)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         return self.output(self.intermediate(self.output.normed_input(hidden_states)), hidden_states)
