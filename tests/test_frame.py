@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import BertConfig, ElectraConfig, ElectraModel, RobertaConfig, Trainer, TrainingArguments
 
-from hf_efficient_attn.encoder import layer
+from hf_efficient_attn.encoder import chunks
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -164,27 +164,31 @@ def test_chunked_feed_forward(chunk: int, norm_position: str) -> None:
     assert sum(sizes) == 13 and max(sizes) <= chunk
 
 
-def test_feed_forward_in_chunks_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inference on a CPU cuts long texts; not where gradients are wanted, and hooks see whole texts."""
+def test_long_texts_in_chunks_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference on a CPU cuts work on single tokens; not where gradients are wanted, and hooks see whole texts."""
     model, inputs = build(BERT, "Model"), inputs_for("Model")
     whole, sizes = model(**inputs), []
-    forward = layer.Intermediate.forward
+    forward = nn.LayerNorm.forward
 
     def counted(self: nn.Module, hidden_states: Tensor) -> Tensor:
         sizes.append(hidden_states.shape[1])
         return forward(self, hidden_states)
 
-    monkeypatch.setattr(layer, "_INFERENCE_CHUNK", 5)
-    monkeypatch.setattr(layer.Intermediate, "forward", counted)
+    monkeypatch.setattr(chunks, "_INFERENCE_CHUNK", 5)
+    monkeypatch.setattr(nn.LayerNorm, "forward", counted)
     with torch.no_grad():
         assert_same("Model", model(**inputs), whole, torch.ones(3, 13))
-    assert sizes == [5, 5, 3] * 2
+    assert sizes == [5, 5, 3] * 5  # embeddings, and attention and feed-forward of two layers
     sizes.clear()
     model(**inputs)
-    model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: None)
+    assert sizes == [13] * 5
+    sizes.clear()
+    for module in (model.embeddings.dropout, model.encoder.layer[0].attention.output.dense):
+        module.register_forward_hook(lambda *args: None)
+    model.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *args: None)
     with torch.no_grad():
         model(**inputs)
-    assert sizes == [13, 13, 13, 5, 5, 3]
+    assert sizes == [13, 13, 5, 5, 3, 5, 5, 3, 13]
 
 
 @EVERY_TASK
