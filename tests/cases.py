@@ -50,12 +50,14 @@ class Variant:
         config: the same as config fields of the module.
         is_global: `(batch, length)` -> bool `[batch, length]` or None.
         causal: it is the causal form.
+        quadratic: its work grows with the square of the length by definition.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     is_global: Callable[[int, int], Tensor | None] = no_tokens
     causal: bool = False
+    quadratic: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Case:
         name: its row in `ATTENTIONS`.
         formula: `(query, key, value, keep, is_global, dropout_p=0.0, **options)`.
         oracle: `(query, key, value, keep, is_global, **options)`.
-        module_oracle: `(weights, states, keep, heads, is_global, **options)`.
+        module_oracle: `(weights, states, keep, heads, is_global, **options)`; the weights are parameters and buffers.
         variants: name -> setting.
-        softmax_options: options with which it is full softmax attention for inputs up to 100 tokens.
+        softmax_options: options with which it is full softmax attention for inputs up to 100 tokens; None if none are.
+        probabilities: the rows of its weights are positive and sum to 1.
     """
 
     name: str
@@ -76,7 +79,8 @@ class Case:
     oracle: Callable[..., Tensor]
     module_oracle: Callable[..., Tensor]
     variants: dict[str, Variant]
-    softmax_options: dict[str, Any]
+    softmax_options: dict[str, Any] | None
+    probabilities: bool = True
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any) -> Tensor:
@@ -90,11 +94,15 @@ def _sliding_window(
 
 
 def _longformer(
-    radius: int, dilation: int | list[int], is_global: Callable = no_tokens, causal: bool = False
+    radius: int,
+    dilation: int | list[int],
+    is_global: Callable = no_tokens,
+    causal: bool = False,
+    quadratic: bool = False,
 ) -> Variant:
     config = {"attention_window": 2 * radius, "attention_dilation": [dilation]}
     options = {"radius": radius, "dilation": dilation, "causal": causal}
-    return Variant(options, config, is_global, causal)
+    return Variant(options, config, is_global, causal, quadratic)
 
 
 CASES = [
@@ -103,7 +111,7 @@ CASES = [
         formula=_softmax,
         oracle=lambda q, k, v, keep, is_global: oracles.softmax(q, k, v, keep),
         module_oracle=lambda weights, x, keep, heads, is_global: oracles.softmax_module(weights, x, keep, heads=heads),
-        variants={"plain": Variant()},
+        variants={"plain": Variant(quadratic=True)},
         softmax_options={},
     ),
     Case(
@@ -121,7 +129,7 @@ CASES = [
             "global": _longformer(5, 1, some_tokens),
             "dilated": _longformer(4, 2, some_tokens),
             "dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens),
-            "all global": _longformer(2, 1, all_tokens),
+            "all global": _longformer(2, 1, all_tokens, quadratic=True),
             "causal": _longformer(3, 1, causal=True),
             "causal wide": _longformer(40, 1, causal=True),
             "causal global": _longformer(5, 1, some_tokens, causal=True),

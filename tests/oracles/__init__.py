@@ -1,0 +1,16 @@
+"""Dense, slow references in float64. They define what is right, and import nothing of the package."""
+
+from .common import masked_attention, padding, project, softmax, softmax_module
+from .longformer import longformer_module, sliding_window, window
+
+
+__all__ = [
+    "longformer_module",
+    "masked_attention",
+    "padding",
+    "project",
+    "sliding_window",
+    "softmax",
+    "softmax_module",
+    "window",
+]
