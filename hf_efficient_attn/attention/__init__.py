@@ -1,13 +1,21 @@
 """Attention mechanisms as modules. `ATTENTIONS` maps a name to its class; adding a mechanism is adding a row."""
 
 from .base import SelfAttention
+from .big_bird import BigBirdSelfAttention
 from .longformer import LongformerSelfAttention
 from .softmax import SoftmaxSelfAttention
 
 
 ATTENTIONS: dict[str, type[SelfAttention]] = {
+    "big_bird": BigBirdSelfAttention,
     "longformer": LongformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
 }
 
-__all__ = ["ATTENTIONS", "LongformerSelfAttention", "SelfAttention", "SoftmaxSelfAttention"]
+__all__ = [
+    "ATTENTIONS",
+    "BigBirdSelfAttention",
+    "LongformerSelfAttention",
+    "SelfAttention",
+    "SoftmaxSelfAttention",
+]
