@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .activations import make_activation
 from .configuration import EffEncoderConfig
 
 
@@ -54,7 +54,7 @@ class BertTransform(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = make_activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -137,4 +137,4 @@ class ActivatedClassificationHead(DenseClassificationHead):
     @staticmethod
     def choose_activation(config: EffEncoderConfig) -> nn.Module:
         """`config.hidden_act`."""
-        return ACT2FN[config.hidden_act]
+        return make_activation(config.hidden_act)
