@@ -58,6 +58,7 @@ CAUSAL_HEADS = {"AutoModelForCausalLM": "ForCausalLM"}
 
 FAMILIES: dict[str, Family] = {
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
+    "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

@@ -8,7 +8,13 @@ import oracles
 import torch
 from torch import Tensor
 
-from hf_efficient_attn.functional import TokenSlots, select_tokens, sliding_window_attention, softmax_attention
+from hf_efficient_attn.functional import (
+    TokenSlots,
+    nystrom_attention,
+    select_tokens,
+    sliding_window_attention,
+    softmax_attention,
+)
 
 
 HEADS, HEAD_DIM = 4, 8
@@ -105,6 +111,23 @@ def _longformer(
     return Variant(options, config, is_global, causal, quadratic)
 
 
+def _nystrom(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any) -> Tensor:
+    return nystrom_attention(query, key, value, keep, **kwargs)
+
+
+def _nystromformer(
+    landmarks: int, iterations: int | None = 6, per_matrix: bool = True, kernel: int | None = 5
+) -> Variant:
+    options = {"num_landmarks": landmarks, "pinv_iterations": iterations, "scale_per_matrix": per_matrix}
+    config = {
+        "num_landmarks": landmarks,
+        "pinv_iterations": iterations,
+        "inv_coeff_init_option": per_matrix,
+        "conv_kernel_size": kernel,
+    }
+    return Variant(options, config)
+
+
 CASES = [
     Case(
         name="softmax",
@@ -136,6 +159,27 @@ CASES = [
             "causal dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens, causal=True),
         },
         softmax_options={"radius": 100, "dilation": 1},
+    ),
+    Case(
+        name="nystromformer",
+        formula=_nystrom,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.nystrom(q, k, v, keep, **options),
+        module_oracle=lambda weights, x, keep, heads, is_global, **options: oracles.nystromformer_module(
+            weights, x, keep, heads=heads, **options
+        ),
+        variants={
+            "four landmarks": _nystromformer(4),
+            "eight": _nystromformer(8),
+            "one": _nystromformer(1, kernel=None),
+            "more than tokens": _nystromformer(120, kernel=65),
+            "few iterations": _nystromformer(4, 2, kernel=1),
+            "many iterations": _nystromformer(4, 20, kernel=None),
+            "inverted exactly": _nystromformer(4, None),
+            "scaled by example": _nystromformer(8, per_matrix=False),
+        },
+        softmax_options={"num_landmarks": 100, "pinv_iterations": 6, "scale_per_matrix": True},
+        # Approximated: weights may be negative, and rows sum to 1 only as nearly as the inverse has converged.
+        probabilities=False,
     ),
 ]
 

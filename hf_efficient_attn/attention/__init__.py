@@ -2,12 +2,14 @@
 
 from .base import SelfAttention
 from .longformer import LongformerSelfAttention
+from .nystromformer import NystromformerSelfAttention
 from .softmax import SoftmaxSelfAttention
 
 
 ATTENTIONS: dict[str, type[SelfAttention]] = {
     "longformer": LongformerSelfAttention,
+    "nystromformer": NystromformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
 }
 
-__all__ = ["ATTENTIONS", "LongformerSelfAttention", "SelfAttention", "SoftmaxSelfAttention"]
+__all__ = ["ATTENTIONS", "LongformerSelfAttention", "NystromformerSelfAttention", "SelfAttention", "SoftmaxSelfAttention"]

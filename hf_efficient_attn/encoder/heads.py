@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .activations import activation
 from .configuration import EffEncoderConfig
 
 
@@ -54,7 +54,7 @@ class BertTransform(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -120,6 +120,22 @@ class DenseClassificationHead(nn.Module):
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
+    def activate(self, states: Tensor) -> Tensor:
+        """The activation between the two maps."""
+        return torch.tanh(states)
+
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, num_labels]`."""
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(first_token)))))
+        return self.out_proj(self.dropout(self.activate(self.dense(self.dropout(first_token)))))
+
+
+class ActivatedClassificationHead(DenseClassificationHead):
+    """Nystromformer's `classifier`: as RoBERTa's, with the config's activation in place of tanh."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__(config)
+        self.activation = activation(config.hidden_act)
+
+    def activate(self, states: Tensor) -> Tensor:
+        """See `DenseClassificationHead.activate`."""
+        return self.activation(states)

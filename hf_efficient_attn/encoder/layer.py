@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .activations import activation
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
@@ -43,7 +43,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, intermediate]`."""

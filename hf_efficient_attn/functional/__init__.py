@@ -6,6 +6,8 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 """
 
 from .dense import dense_attention, softmax_attention
+from .inputs import zero_padding
+from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
 from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
@@ -15,8 +17,10 @@ from .window_flex import flex_sliding_window_attention, window_block_mask
 __all__ = [
     "TokenSlots",
     "dense_attention",
+    "dense_nystrom_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
+    "nystrom_attention",
     "projected_attention",
     "replace_tokens",
     "select_tokens",
@@ -24,4 +28,5 @@ __all__ = [
     "sliding_window_attention",
     "softmax_attention",
     "window_block_mask",
+    "zero_padding",
 ]

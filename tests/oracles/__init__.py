@@ -2,11 +2,14 @@
 
 from .common import masked_attention, padding, project, softmax, softmax_module
 from .longformer import longformer_module, sliding_window, window
+from .nystromformer import nystrom, nystromformer_module
 
 
 __all__ = [
     "longformer_module",
     "masked_attention",
+    "nystrom",
+    "nystromformer_module",
     "padding",
     "project",
     "sliding_window",

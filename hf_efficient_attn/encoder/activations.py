@@ -1,0 +1,12 @@
+"""Activations by their names in configs."""
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+def activation(name: str) -> nn.Module:
+    """transformers' activation `name`; torch's fused kernel where the library computes the same step by step.
+
+    `gelu_new` keeps seven tensors as large as its input for backward, the kernel one; results differ by rounding.
+    """
+    return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
