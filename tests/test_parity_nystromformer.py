@@ -245,9 +245,7 @@ def test_defaults_are_the_published_ones() -> None:
 def test_bfloat16(head: Head, backend: str, tmp_path: Path) -> None:
     original, _ = pair(head, tmp_path, backend)
     cls = model_class(FAMILY, head.auto)
-    ours = cls.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, attn_implementation=backend, inv_coeff_init_option=True
-    )
+    ours = cls.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation=backend, inv_coeff_init_option=True)
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.bfloat16}
     with torch.no_grad():
         mine, theirs = ours(**head.inputs()), original(**head.inputs())

@@ -12,4 +12,10 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
     "softmax": SoftmaxSelfAttention,
 }
 
-__all__ = ["ATTENTIONS", "LongformerSelfAttention", "NystromformerSelfAttention", "SelfAttention", "SoftmaxSelfAttention"]
+__all__ = [
+    "ATTENTIONS",
+    "LongformerSelfAttention",
+    "NystromformerSelfAttention",
+    "SelfAttention",
+    "SoftmaxSelfAttention",
+]
