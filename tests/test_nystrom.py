@@ -112,10 +112,8 @@ def test_segments_are_of_equal_size_but_for_one_token() -> None:
         assert (segment.diff() >= 0).all(), "segments follow each other"
 
 
-@pytest.mark.parametrize(
-    ("bad", "part"), [({"num_landmarks": 0}, "num_landmarks = 0"), ({"pinv_iterations": 0}, "= 0")]
-)
-def test_wrong_options_are_refused(bad: dict[str, int], part: str) -> None:
+@pytest.mark.parametrize("name", ["num_landmarks", "pinv_iterations"])
+def test_wrong_options_are_refused(name: str) -> None:
     for function in (nystrom_attention, dense_nystrom_attention):
-        with pytest.raises(ValueError, match=part):
-            function(*qkv(1, 5), **{**options(2), **bad})
+        with pytest.raises(ValueError, match=f"{name} = 0: give 1 or more"):
+            function(*qkv(1, 5), **{**options(2), name: 0})

@@ -48,8 +48,8 @@ class NystromformerOptions:
 class NystromformerSelfAttention(SelfAttention):
     """Nyström self-attention (Xiong et al. 2021, arXiv 2102.03902), plus a depthwise convolution of the values.
 
-    The convolution has one kernel a head and runs over the tokens of an example, zeros beyond both ends. Tokens that are
-    masked between others count as zeros there. There is no causal form: landmarks are means over the whole text.
+    The convolution has one kernel a head and runs over the tokens of an example, zeros beyond both ends. Tokens that
+    are masked between others count as zeros there. There is no causal form: landmarks are means over the whole text.
     """
 
     options_class = NystromformerOptions

@@ -161,10 +161,10 @@ def nystrom_attention(
     """`F A^+ (B value)` with `F = softmax(query k^T)`, `A = softmax(q k^T)` and `B = softmax(q key^T)`.
 
     The landmarks q and k are the means of query and key over `num_landmarks` segments of each example's valid tokens,
-    `floor(rank * num_landmarks / count)` being the segment of a token. An example with no more tokens than landmarks has
-    a landmark a token, and gets softmax attention itself. The product is softmax attention also where queries and keys
-    are constant within segments and A is inverted exactly; elsewhere it approximates it, and its rows sum to 1 only as
-    nearly as A is inverted.
+    `floor(rank * num_landmarks / count)` being the segment of a token. An example with no more tokens than landmarks
+    has a landmark a token, and gets softmax attention itself. The product is softmax attention also where queries and
+    keys are constant within segments and A is inverted exactly; elsewhere it approximates it, and its rows sum to 1
+    only as nearly as A is inverted.
 
     Args:
         query, key, value: `[batch, heads, length, head_dim]`.
@@ -172,8 +172,8 @@ def nystrom_attention(
         scale: factor of the scores, `head_dim ** -0.5` by default.
         dropout_p: dropout of the entries of F and, independently, of B.
         num_landmarks: 1 or more, 64 as published.
-        pinv_iterations: steps towards the inverse of A, 6 as published; None for `torch.linalg.pinv`, which is exact and
-            makes more of the noise of small singular values.
+        pinv_iterations: steps towards the inverse of A, 6 as published; None for `torch.linalg.pinv`, which is exact
+            and makes more of the noise of small singular values.
         scale_per_matrix: see `iterative_pinv`.
 
     Returns:
