@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dense import masked_softmax
+from .dropout_cpu import cpu_dropout_attention
 from .inputs import check_qkv, masked_bias, zero_padding
 
 
@@ -73,14 +74,16 @@ def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = Tru
 
     Xiong et al. 2021, arXiv 2102.03902, after Razavi et al. 2014. Time O(iterations * landmarks^3).
     """
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     largest = matrix.sum(dim=-2, keepdim=True).amax(dim=-1 if scale_per_matrix else (1, -1), keepdim=True)
-    inverse = matrix.transpose(-1, -2) / largest
+    inverse = (matrix.transpose(-1, -2) / largest).flatten(0, 1)
+    shape, matrix = matrix.shape, matrix.flatten(0, 1)
     for _ in range(iterations):
-        product = torch.matmul(matrix, inverse)
-        inner = 15 * identity - torch.matmul(product, 7 * identity - product)
-        inverse = 0.25 * torch.matmul(inverse, 13 * identity - torch.matmul(product, inner))
-    return inverse
+        # Multiplied out, so that every step is one product with a sum in it.
+        product = torch.bmm(matrix, inverse)
+        inner = torch.baddbmm(product, product, product, beta=7, alpha=-1)
+        inner = torch.baddbmm(product, product, inner, beta=15, alpha=-1)
+        inverse = torch.baddbmm(inverse, inverse, inner, beta=3.25, alpha=-0.25)
+    return inverse.view(shape)
 
 
 class _Kernels(NamedTuple):
@@ -138,12 +141,16 @@ def _kernels(
 
 
 def _mix(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float) -> Tensor:
-    """`softmax(query key^T) value`; with dropout torch has no kernel that keeps nothing."""
-    if dropout_p > 0.0:
-        weights = F.dropout(masked_softmax(torch.matmul(query, key.transpose(-1, -2)), allowed), dropout_p)
-        return torch.matmul(weights, value)
+    """`softmax(query key^T) value`, finite but otherwise unspecified where nothing is `allowed`."""
     bias = None if allowed is None else masked_bias(allowed, query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    if dropout_p == 0.0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    # With dropout torch's own kernels keep the whole matrix, several times over.
+    if query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+        return cpu_dropout_attention(query, key, value, bias, dropout_p)
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    probs = (scores if bias is None else scores + bias).softmax(dim=-1)
+    return torch.matmul(F.dropout(probs, dropout_p), value)
 
 
 def nystrom_attention(
