@@ -1,12 +1,14 @@
 """What is true of Nyström attention alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import HEAD_DIM, HEADS, paddings, qkv
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_efficient_attn.functional import dense_nystrom_attention, nystrom_attention, softmax_attention
+from hf_efficient_attn.functional import dense_nystrom_attention, dropout_cpu, nystrom_attention, softmax_attention
 from hf_efficient_attn.functional.nystrom import iterative_pinv, segment_landmarks
 
 
@@ -117,3 +119,37 @@ def test_wrong_options_are_refused(name: str) -> None:
     for function in (nystrom_attention, dense_nystrom_attention):
         with pytest.raises(ValueError, match=f"{name} = 0: give 1 or more"):
             function(*qkv(1, 5), **{**options(2), name: 0})
+
+
+@pytest.mark.parametrize("function", [nystrom_attention, lambda *x, **kwargs: dense_nystrom_attention(*x, **kwargs)[0]])
+def test_autocast_does_not_reach_the_inverse(function: Callable[..., Tensor]) -> None:
+    inputs = [x.detach() for x in qkv(2, 60, torch.float32)]
+    plain = function(*inputs, **options(8, 12))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(function(*inputs, **options(8, 12)), plain, rtol=0, atol=0)
+    shape = function(*(x.to("meta") for x in inputs), **options(8)).shape
+    assert shape == plain.shape, "a device without autocast"
+
+
+@pytest.mark.parametrize("count", [5, 3000])
+def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int) -> None:
+    """Forward and gradients, with the entries that were dropped; the mean of what is kept is right to 16 bits."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(3, HEADS, n, HEAD_DIM, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in (7, count, count)
+    )
+    bias = torch.zeros(3, 1, 1, count, dtype=torch.float64)
+    bias[1, ..., count // 2 :] = torch.finfo(torch.float64).min
+    torch.manual_seed(0)
+    kept, share = dropout_cpu._draw((3, HEADS, 7, count), 0.25)
+    assert share == 0.75 and (count == 5 or abs(kept.double().mean() - share) < 0.01)
+    torch.manual_seed(0)
+    ours = dropout_cpu.cpu_dropout_attention(query, key, value, bias, 0.25)
+    probs = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1)
+    right = (probs * kept / share) @ value
+    assert_close(ours, right, rtol=0, atol=1e-12)
+    weight = torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (ours, right))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)

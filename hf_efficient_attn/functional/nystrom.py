@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .dense import masked_softmax
 from .dropout_cpu import cpu_dropout_attention
-from .inputs import check_qkv, masked_bias, zero_padding
+from .inputs import check_qkv, masked_bias, without_autocast, zero_padding
 
 
 class Landmarks(NamedTuple):
@@ -194,7 +194,7 @@ def nystrom_attention(
     """
     check_qkv(query, key, value, key_padding_mask)
     # Autocast would take the inverse in half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         x = _kernels(
             query,
             key,
@@ -233,7 +233,7 @@ def dense_nystrom_attention(
     Xiong et al. 2021, arXiv 2102.03902. Time O(length^2 * landmarks), memory O(length^2).
     """
     check_qkv(query, key, value, key_padding_mask)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         x = _kernels(
             query,
             key,
