@@ -33,6 +33,16 @@ if TYPE_CHECKING:
         EffLongformerModel,
         EffLongformerPreTrainedModel,
     )
+    from .models.eff_nystromformer.configuration_eff_nystromformer import EffNystromformerConfig
+    from .models.eff_nystromformer.modeling_eff_nystromformer import (
+        EffNystromformerForMaskedLM,
+        EffNystromformerForMultipleChoice,
+        EffNystromformerForQuestionAnswering,
+        EffNystromformerForSequenceClassification,
+        EffNystromformerForTokenClassification,
+        EffNystromformerModel,
+        EffNystromformerPreTrainedModel,
+    )
     from .question_answering import QuestionAnswerer
 
 __version__ = "0.1.0"

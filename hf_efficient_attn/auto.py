@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         "BigBird", "eff_big_bird", ENCODER_HEADS | {"AutoModelForPreTraining": "ForPreTraining"}, "BigBirdTokenizer"
     ),
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
+    "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

@@ -12,6 +12,7 @@ from hf_efficient_attn.functional import (
     TokenSlots,
     big_bird_attention,
     count_blocks,
+    nystrom_attention,
     pick_random_blocks,
     random_draws,
     select_tokens,
@@ -60,6 +61,8 @@ class Variant:
         is_global: `(batch, length)` -> bool `[batch, length]` or None.
         causal: it is the causal form.
         quadratic: its work grows with the square of the length by definition.
+        rounding: how many times larger rounding errors may be than elsewhere, on the laws' random numbers: a converged
+            inverse of an ill-conditioned matrix multiplies them, which no way of computing it avoids.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Variant:
     is_global: Callable[[int, int], Tensor | None] = no_tokens
     causal: bool = False
     quadratic: bool = False
+    rounding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,27 @@ def _blocks(size: int, count: int = 2, num_global: int = 0, ends: bool = True) -
     return Variant({"block_size": size, "draws": draws, "num_global": num_global, "ends": ends}, config)
 
 
+def _nystrom(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any) -> Tensor:
+    return nystrom_attention(query, key, value, keep, **kwargs)
+
+
+def _nystromformer(
+    landmarks: int,
+    iterations: int | None = 6,
+    per_matrix: bool = True,
+    kernel: int | None = 5,
+    rounding: float = 1.0,
+) -> Variant:
+    options = {"num_landmarks": landmarks, "pinv_iterations": iterations, "scale_per_matrix": per_matrix}
+    config = {
+        "num_landmarks": landmarks,
+        "pinv_iterations": iterations,
+        "inv_coeff_init_option": per_matrix,
+        "conv_kernel_size": kernel,
+    }
+    return Variant(options, config, rounding=rounding)
+
+
 CASES = [
     Case(
         name="softmax",
@@ -199,6 +224,27 @@ CASES = [
             "window alone": _blocks(8, count=0, ends=False),
         },
         softmax_options=_blocks(40).options,
+    ),
+    Case(
+        name="nystromformer",
+        formula=_nystrom,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.nystrom(q, k, v, keep, **options),
+        module_oracle=lambda weights, x, keep, heads, is_global, **options: oracles.nystromformer_module(
+            weights, x, keep, heads=heads, **options
+        ),
+        variants={
+            "four landmarks": _nystromformer(4),
+            "eight": _nystromformer(8),
+            "one": _nystromformer(1, kernel=None),
+            "more than tokens": _nystromformer(120, kernel=65),
+            "few iterations": _nystromformer(4, 2, kernel=1),
+            "many iterations": _nystromformer(4, 20, kernel=None, rounding=1e3),
+            "inverted exactly": _nystromformer(4, None, rounding=1e4),
+            "scaled by example": _nystromformer(8, per_matrix=False),
+        },
+        softmax_options={"num_landmarks": 100, "pinv_iterations": 6, "scale_per_matrix": True},
+        # Approximated: weights may be negative, and rows sum to 1 only as nearly as the inverse has converged.
+        probabilities=False,
     ),
 ]
 

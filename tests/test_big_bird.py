@@ -11,7 +11,6 @@ from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, t
 from oracles import random_choice
 from torch.testing import assert_close
 
-from hf_efficient_attn import EffBigBirdConfig, EffBigBirdModel
 from hf_efficient_attn.functional import big_bird_attention, block_cpu, pick_random_blocks, random_draws
 
 
@@ -159,35 +158,6 @@ def test_a_text_of_few_blocks_is_full_attention() -> None:
         for length, equal in ((24, True), (100, False)):
             ids = random_ids(2, length)
             assert torch.allclose(sparse(ids)[0], full(ids)[0], atol=1e-5) == equal
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "type": ({"attention_type": "sparse"}, "attention_type = 'sparse'.*block_sparse, original_full"),
-    "size": ({"block_size": 0}, "block_size = 0.*1 token or more"),
-    "random": ({"num_random_blocks": -1}, "num_random_blocks = -1.*0 or more"),
-    "global": ({"num_global_tokens": -2}, "num_global_tokens = -2.*0 or more"),
-    "seed": ({"random_seed": -3}, "random_seed = -3.*0 or more"),
-    "both": (
-        {"attention_type": "original_full", "num_global_tokens": 4},
-        "num_global_tokens = 4.*already",
-    ),
-    "causal": ({"is_decoder": True}, "is_decoder = True.*no causal form"),
-    "misspelt": ({"blok_size": 8}, "did you mean 'block_size'"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_wrong_options_are_refused(name: str) -> None:
-    options, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        EffBigBirdConfig(**options)
-    if name == "misspelt":
-        return
-    config = tiny_config("eff_big_bird")
-    for field, value in options.items():
-        setattr(config, field, value)
-    with pytest.raises(ValueError, match=message):
-        EffBigBirdModel(config)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,32 @@ LONGFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+BIG_BIRD_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "type": ({"attention_type": "sparse"}, ("attention_type = 'sparse'", "block_sparse, original_full")),
+    "size": ({"block_size": 0}, ("block_size = 0", "1 token or more")),
+    "random": ({"num_random_blocks": -1}, ("num_random_blocks = -1", "0 or more")),
+    "global": ({"num_global_tokens": -2}, ("num_global_tokens = -2", "0 or more")),
+    "seed": ({"random_seed": -3}, ("random_seed = -3", "0 or more")),
+    "global in full attention": (
+        {"attention_type": "original_full", "num_global_tokens": 4},
+        ("num_global_tokens = 4", "already", "'block_sparse'"),
+    ),
+    "causal": ({"is_decoder": True}, ("is_decoder = True", "no causal form", "leave it False")),
+    "misspelt": ({"blok_size": 8}, ("did you mean 'block_size'?",)),
+}
+
+
+NYSTROMFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no landmarks": ({"num_landmarks": 0}, ("num_landmarks = 0", "1 or more")),
+    "even kernel": ({"conv_kernel_size": 64}, ("conv_kernel_size = 64", "positive odd", "use 65", "None")),
+    "no kernel": ({"conv_kernel_size": 0}, ("conv_kernel_size = 0", "use 1")),
+    "negative kernel": ({"conv_kernel_size": -3}, ("conv_kernel_size = -3", "use 1")),
+    "no iterations": ({"pinv_iterations": 0}, ("pinv_iterations = 0", "1 or more", "None")),
+    "causal": ({"is_decoder": True}, ("is_decoder = True", "no causal form", "leave it False")),
+    "misspelt": ({"num_landmark": 8}, ("did you mean 'num_landmarks'?",)),
+}
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize("name", SHARED_OPTIONS)
 def test_shared_options(name: str, family: str) -> None:
@@ -98,18 +124,30 @@ def test_shared_options(name: str, family: str) -> None:
     refuses(lambda: tiny_config(family, **options), *parts)
 
 
-@pytest.mark.parametrize("name", LONGFORMER_OPTIONS)
-def test_longformer_options(name: str, tmp_path: Path) -> None:
-    options, parts = LONGFORMER_OPTIONS[name]
-    refuses(lambda: tiny_config(FAMILY, **options), *parts)
+OPTIONS = {
+    (family, name): row
+    for family, table in (
+        ("eff_longformer", LONGFORMER_OPTIONS),
+        ("eff_big_bird", BIG_BIRD_OPTIONS),
+        ("eff_nystromformer", NYSTROMFORMER_OPTIONS),
+    )
+    for name, row in table.items()
+}
+
+
+@pytest.mark.parametrize(("family", "name"), OPTIONS)
+def test_options_of_one_family(family: str, name: str, tmp_path: Path) -> None:
+    options, parts = OPTIONS[family, name]
+    refuses(lambda: tiny_config(family, **options), *parts)
     if name == "misspelt":
         return
     # The same rule holds for fields set later, and for what overrides a folder's config.
-    config = tiny_config(FAMILY)
+    config = tiny_config(family)
     for field, value in options.items():
         setattr(config, field, value)
-    refuses(lambda: model_class(FAMILY, "AutoModel")(config), *parts)
-    build_tiny("AutoModel").save_pretrained(tmp_path)
+    cls = model_class(family, "AutoModel")
+    refuses(lambda: cls(config), *parts)
+    cls(tiny_config(family)).save_pretrained(tmp_path)
     refuses(lambda: transformers.AutoModel.from_pretrained(tmp_path, **options), *parts)
 
 

@@ -71,7 +71,11 @@ def result_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def loss_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     outputs = model(**inputs)
-    return outputs.loss if "loss" in outputs else outputs.last_hidden_state.square().mean() + outputs[1].sum()
+    if "loss" in outputs:
+        return outputs.loss
+    # Some published base models have no pooler.
+    pooled = outputs.get("pooler_output")
+    return outputs.last_hidden_state.square().mean() + (0.0 if pooled is None else pooled.sum())
 
 
 @HEAD

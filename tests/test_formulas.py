@@ -31,6 +31,7 @@ def is_global_of(case: Case, variant: str, batch: int, length: int, keep: Tensor
 @ROW
 @pytest.mark.parametrize("length", LENGTHS)
 def test_equals_the_oracle_forward_and_backward(case: Case, variant: str, length: int) -> None:
+    atol = 1e-10 * case.variants[variant].rounding
     for side, keep in paddings(3, length).items():
         inputs = qkv(3, length)
         is_global = is_global_of(case, variant, 3, length, keep)
@@ -38,7 +39,7 @@ def test_equals_the_oracle_forward_and_backward(case: Case, variant: str, length
         ours = with_grads(formula(case, variant, keep, is_global), inputs)
         right = with_grads(lambda q, k, v: case.oracle(q, k, v, keep, is_global, **options), inputs)  # noqa: B023
         for name, a, b in zip(("result", "query", "key", "value"), ours, right, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m: f"{side} padding, {name}: {m}")  # noqa: B023
+            torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m: f"{side} padding, {name}: {m}")  # noqa: B023
 
 
 @ROW
@@ -147,6 +148,8 @@ def test_keeps_the_dtype_and_its_precision(case: Case, variant: str, dtype: torc
     ours = formula(case, variant, keep, is_global)(*inputs)
     assert ours.dtype == dtype
     right = case.oracle(*(x.double() for x in inputs), keep, is_global, **case.variants[variant].options)
+    # Half precision is computed in fp32, so what fp32 loses inside bounds it, too.
+    tolerance = max(tolerance, 1e-5 * case.variants[variant].rounding)
     assert (ours.double() - right).abs().max() <= tolerance * right.abs().max()
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import BertConfig, ElectraConfig, ElectraModel, RobertaConfig, Trainer, TrainingArguments
+from transformers.activations import ACT2FN
 
 from hf_efficient_attn.encoder import chunks
+from hf_efficient_attn.encoder.activations import activation
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -412,3 +414,9 @@ def test_untied_head(size: int, family: SimpleNamespace, tmp_path: Path) -> None
     assert not any(info.values()), info
     with torch.no_grad():
         assert_close(again(ids).logits, outputs.logits, **CLOSE)
+
+
+def test_the_fused_activation_is_transformers_own() -> None:
+    x = torch.linspace(-6, 6, 500, dtype=torch.float64)
+    assert_close(activation("gelu_new")(x), ACT2FN["gelu_new"](x), rtol=0, atol=1e-14)
+    assert type(activation("relu")) is type(ACT2FN["relu"])

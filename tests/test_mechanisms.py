@@ -61,6 +61,7 @@ def test_every_mechanism_has_a_row() -> None:
 def test_equals_the_oracle_in_result_and_every_gradient(case: Case, variant: str, backend: str, length: int) -> None:
     module = build(case, variant, backend)
     names = [name for name, _ in module.named_parameters()]
+    rounding = case.variants[variant].rounding
     for side, keep in paddings(3, length).items():
         states = states_of(3, length)
         is_global = case.variants[variant].is_global(3, length)
@@ -76,10 +77,11 @@ def test_equals_the_oracle_in_result_and_every_gradient(case: Case, variant: str
             is_global=is_global,
             **case.variants[variant].options,
         )
-        torch.testing.assert_close(ours, right, rtol=0, atol=1e-10, msg=lambda m: f"{side} padding: {m}")  # noqa: B023
+        torch.testing.assert_close(ours, right, rtol=0, atol=1e-10 * rounding, msg=lambda m: f"{side} padding: {m}")  # noqa: B023
         for name, a, b in zip(["states", *names], grads(ours, inputs), grads(right, inputs), strict=True):
             b = torch.zeros_like(a) if b is None else b
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda m: f"{side} padding, {name}: {m}")  # noqa: B023
+            tolerance = {"rtol": 0, "atol": 1e-9 * rounding}
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda m: f"{side} padding, {name}: {m}")  # noqa: B023
 
 
 @ROW

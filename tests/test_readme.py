@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise_, tiny_tokenizer
-from transformers import LongformerConfig, LongformerForMaskedLM, LongformerForQuestionAnswering
+from transformers import LongformerForMaskedLM, LongformerForQuestionAnswering, NystromformerForMaskedLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,29 +20,32 @@ SNIPPETS = [
 ]
 
 
+# Name on the Hub -> transformers' own class, and what its config has besides the shared fields.
+LONGFORMER = {"attention_window": 16, "max_position_embeddings": 4098}
 CHECKPOINTS = {
-    "allenai/longformer-base-4096": LongformerForMaskedLM,
-    "allenai/longformer-large-4096-finetuned-triviaqa": LongformerForQuestionAnswering,
+    "allenai/longformer-base-4096": (LongformerForMaskedLM, LONGFORMER),
+    "allenai/longformer-large-4096-finetuned-triviaqa": (LongformerForQuestionAnswering, LONGFORMER),
+    "uw-madison/nystromformer-512": (NystromformerForMaskedLM, {}),
 }
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> dict[str, Path]:
-    """What published Longformer checkpoints look like: transformers' own classes, position table for 4,096 tokens."""
+    """What published checkpoints look like: transformers' own classes, Longformer's table for 4,096 tokens."""
     tokenizer = tiny_tokenizer(max_length=4096)
-    config = LongformerConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        attention_window=16,
-        max_position_embeddings=4098,
-        pad_token_id=1,
-    )
-    folders = {name: tmp_path / model.__name__ for name, model in CHECKPOINTS.items()}
+    folders = {name: tmp_path / model.__name__ for name, (model, _) in CHECKPOINTS.items()}
     for name, folder in folders.items():
-        randomise_(CHECKPOINTS[name](config)).save_pretrained(folder)
+        model, fields = CHECKPOINTS[name]
+        config = model.config_class(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            pad_token_id=1,
+            **fields,
+        )
+        randomise_(model(config)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folders
 

@@ -3,12 +3,14 @@
 from .base import SelfAttention
 from .big_bird import BigBirdSelfAttention
 from .longformer import LongformerSelfAttention
+from .nystromformer import NystromformerSelfAttention
 from .softmax import SoftmaxSelfAttention
 
 
 ATTENTIONS: dict[str, type[SelfAttention]] = {
     "big_bird": BigBirdSelfAttention,
     "longformer": LongformerSelfAttention,
+    "nystromformer": NystromformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
 }
 
@@ -16,6 +18,7 @@ __all__ = [
     "ATTENTIONS",
     "BigBirdSelfAttention",
     "LongformerSelfAttention",
+    "NystromformerSelfAttention",
     "SelfAttention",
     "SoftmaxSelfAttention",
 ]

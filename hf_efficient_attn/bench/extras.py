@@ -14,6 +14,6 @@ def require_extras(*modules: str, extra: str = "demo") -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f'{", ".join(missing)} cannot be imported, but this command needs it: pip install '
+            f"{', '.join(missing)} cannot be imported, but this command needs it: pip install "
             f'"hf_efficient_attn[{extra}]"'
         )

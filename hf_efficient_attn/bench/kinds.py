@@ -24,7 +24,8 @@ class Kind:
             multiply-adds are the same.
         fields: further fields of the config.
         length_field: the config's name for the one length that its inputs have.
-        primes: a tiny run before the measured ones leaves the model as it was.
+        primes: a tiny run before the measured ones is possible and leaves the model as it was; else another model,
+            a small one, makes it.
         note: what to know when its figures are compared with others'.
     """
 
@@ -64,6 +65,24 @@ KINDS: dict[str, Kind] = {
         primes=False,  # one short input turns it into a model of full attention
         note="blocks of 64, 3 random ones (in a forward pass all of them block 0), no dropout of attention "
         "probabilities, which it has none of in its blocks",
+    ),
+    "eff_nystromformer": Kind(
+        "eff_nystromformer",
+        quadratic=False,
+        windowed=False,
+        extra_positions=2,
+        same_as="nystromformer",
+        # As published; the other way cannot be chosen in transformers.
+        fields={"inv_coeff_init_option": False},
+        note="64 landmarks",
+    ),
+    "nystromformer": Kind(
+        "nystromformer",
+        quadratic=False,
+        windowed=False,
+        length_field="segment_means_seq_len",
+        primes=False,  # it takes one length
+        note="64 landmarks, no dropout of attention probabilities, which it has none of",
     ),
     "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
     "modernbert": Kind(

@@ -6,6 +6,7 @@ import gc
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 _PRIMING_LENGTH = 16
+_THROWAWAY_LENGTH = 64
 _BY_DEFAULT = {("classification", None), ("classification", "cls"), ("base", None), ("base", "none")}
 
 
@@ -31,6 +33,7 @@ def build_model(case: Case) -> PreTrainedModel:
     import hf_efficient_attn  # noqa: F401  (registers the families)
 
     kind, size = KINDS[case.kind], case.size
+    positions = max(case.length, _PRIMING_LENGTH)
     config = AutoConfig.for_model(
         kind.model_type,
         hidden_size=size.hidden_size,
@@ -38,7 +41,7 @@ def build_model(case: Case) -> PreTrainedModel:
         num_attention_heads=size.num_heads,
         intermediate_size=size.intermediate_size * 2 // 3 if kind.gated else size.intermediate_size,
         vocab_size=size.vocab_size,
-        max_position_embeddings=max(case.length, _PRIMING_LENGTH) + kind.extra_positions,
+        max_position_embeddings=positions + kind.extra_positions,
         **({kind.window_field: size.attention_window} if kind.windowed else {}),
         **({kind.length_field: case.length} if kind.length_field else {}),
         **kind.fields,
@@ -48,18 +51,18 @@ def build_model(case: Case) -> PreTrainedModel:
     model = auto_class.from_config(config, **extra)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _draw(parameter, name.removeprefix(f"{model.base_model_prefix}."), case.seed, kind.extra_positions)
+            _draw(parameter, name.removeprefix(f"{model.base_model_prefix}."), case.seed, positions)
     return model.to(getattr(torch, case.dtype))
 
 
-def _draw(parameter: torch.Tensor, name: str, seed: int, extra_positions: int) -> None:
+def _draw(parameter: torch.Tensor, name: str, seed: int, positions: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if name.endswith("position_embeddings.weight"):
         # Reserved rows stand before the first position.
-        parameter[:extra_positions] = 0.0
-        parameter = parameter[extra_positions:]
+        parameter[:-positions] = 0.0
+        parameter = parameter[-positions:]
     is_norm = parameter.dim() == 1 and name.endswith("weight")
     parameter.normal_(1.0 if is_norm else 0.0, 0.02, generator=generator)
 
@@ -139,6 +142,9 @@ def serve(case: Case, connection: Connection) -> None:
         if KINDS[case.kind].primes:
             step(min(_PRIMING_LENGTH, case.length))
             forget()
+        else:
+            small = replace(case.size, hidden_size=8 * case.size.num_heads, num_layers=1, intermediate_size=16)
+            build_step(replace(case, size=small, length=_THROWAWAY_LENGTH))[0](_THROWAWAY_LENGTH)
         gc.collect()
         peak = PeakMemory()
         peak.reset()

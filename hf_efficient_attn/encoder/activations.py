@@ -1,13 +1,12 @@
-"""Activations by name, as fused functions where torch has them."""
+"""Activations by their names in configs."""
 
 from torch import nn
 from transformers.activations import ACT2FN
 
 
-# The same function; the former is a chain of six operations, which costs more than the matrix products around it.
-_FUSED = {"gelu_new": "gelu_pytorch_tanh"}
+def activation(name: str) -> nn.Module:
+    """transformers' activation `name`; torch's fused kernel where the library computes the same step by step.
 
-
-def make_activation(name: str) -> nn.Module:
-    """The activation that transformers calls `name`."""
-    return ACT2FN[_FUSED.get(name, name)]
+    `gelu_new` keeps seven tensors as large as its input for backward, the kernel one; results differ by rounding.
+    """
+    return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]

@@ -121,8 +121,13 @@ class EffEncoderConfig(PreTrainedConfig):
         """As in transformers; a config of `original_model_types` is read as this one."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") in cls.original_model_types:
-            config_dict = {**config_dict, "model_type": cls.model_type}
+            config_dict = {**cls.convert_original(config_dict), "model_type": cls.model_type}
         return config_dict, kwargs
+
+    @classmethod
+    def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The values of a config of `original_model_types` in this config's conventions, where those differ."""
+        return config_dict
 
     @property
     def first_position(self) -> int:

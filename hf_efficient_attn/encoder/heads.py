@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .activations import make_activation
+from .activations import activation
 from .configuration import EffEncoderConfig
 
 
@@ -54,7 +54,7 @@ class BertTransform(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = make_activation(config.hidden_act)
+        self.activation = activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -116,25 +116,26 @@ class DenseClassificationHead(nn.Module):
 
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
-        self.activation = self.choose_activation(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
+    def activate(self, states: Tensor) -> Tensor:
+        """The activation between the two maps."""
+        return torch.tanh(states)
+
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, num_labels]`."""
-        return self.out_proj(self.dropout(self.activation(self.dense(self.dropout(first_token)))))
-
-    @staticmethod
-    def choose_activation(config: EffEncoderConfig) -> nn.Module:
-        """What stands between the two linear maps."""
-        return nn.Tanh()
+        return self.out_proj(self.dropout(self.activate(self.dense(self.dropout(first_token)))))
 
 
 class ActivatedClassificationHead(DenseClassificationHead):
-    """BigBird's `classifier`: the same with the activation of the feed-forward layers."""
+    """BigBird's and Nystromformer's `classifier`: as RoBERTa's, with the config's activation in place of tanh."""
 
-    @staticmethod
-    def choose_activation(config: EffEncoderConfig) -> nn.Module:
-        """`config.hidden_act`."""
-        return make_activation(config.hidden_act)
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__(config)
+        self.activation = activation(config.hidden_act)
+
+    def activate(self, states: Tensor) -> Tensor:
+        """See `DenseClassificationHead.activate`."""
+        return self.activation(states)

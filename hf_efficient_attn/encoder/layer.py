@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .activations import make_activation
+from .activations import activation
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
@@ -43,7 +43,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = make_activation(config.hidden_act)
+        self.activation = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, intermediate]`."""

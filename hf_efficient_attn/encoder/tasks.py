@@ -323,11 +323,15 @@ class ForMultipleChoice(TaskModel):
     """Picks one of several continuations."""
 
     task = "multiple-choice"
+    reads_pooler: ClassVar[bool] = True
+    """Whether the first token goes through the pooler; else through `pre_classifier` and ReLU, as in Nystromformer."""
 
     def _needs_pooler(self) -> bool:
-        return True
+        return self.reads_pooler
 
     def _add_head(self, config: EffEncoderConfig) -> None:
+        if not self.reads_pooler:
+            self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
 
@@ -365,8 +369,13 @@ class ForMultipleChoice(TaskModel):
                     f"{name} must be [batch, choices, length] = {list(shape)}, got shape {list(mask.shape)}."
                 )
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask)
-        outputs = self.base_model(*(None if x is None else x.flatten(0, 1) for x in inputs), **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        flat = [None if x is None else x.flatten(0, 1) for x in inputs]
+        outputs = self.base_model(*flat, **kwargs)
+        pooled = outputs.pooler_output
+        if not self.reads_pooler:
+            mask = self.base_model.key_padding_mask(*flat[:2], outputs.last_hidden_state.shape[:2])
+            pooled = torch.relu(self.pre_classifier(first_token(outputs.last_hidden_state, mask)))
+        logits = self.classifier(self.dropout(pooled)).view(-1, choices)
         loss = None if labels is None else choice_loss(logits, labels)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -7,7 +7,8 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 
 from .big_bird import big_bird_attention, dense_big_bird_attention
 from .dense import dense_attention, softmax_attention
-from .inputs import count_blocks
+from .inputs import count_blocks, zero_padding
+from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
 from .sliding_window import sliding_window_allowed, sliding_window_attention
@@ -19,10 +20,12 @@ __all__ = [
     "TokenSlots",
     "big_bird_attention",
     "count_blocks",
-    "dense_big_bird_attention",
     "dense_attention",
+    "dense_big_bird_attention",
+    "dense_nystrom_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
+    "nystrom_attention",
     "pick_random_blocks",
     "projected_attention",
     "random_draws",
@@ -32,4 +35,5 @@ __all__ = [
     "sliding_window_attention",
     "softmax_attention",
     "window_block_mask",
+    "zero_padding",
 ]

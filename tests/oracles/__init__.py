@@ -3,6 +3,7 @@
 from .big_bird import big_bird, big_bird_module, random_choice
 from .common import masked_attention, padding, project, softmax, softmax_module
 from .longformer import longformer_module, sliding_window, window
+from .nystromformer import nystrom, nystromformer_module
 
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "big_bird_module",
     "longformer_module",
     "masked_attention",
+    "nystrom",
+    "nystromformer_module",
     "padding",
     "project",
     "random_choice",

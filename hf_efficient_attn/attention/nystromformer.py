@@ -1,0 +1,102 @@
+"""Nystromformer: softmax attention through landmarks, and a convolution of the values beside it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..functional import dense_nystrom_attention, nystrom_attention, zero_padding
+from .base import SelfAttention
+
+
+@dataclass(kw_only=True)
+class NystromformerOptions:
+    """Options of Nyström attention, with the names and defaults that published configs have for them.
+
+    Args:
+        num_landmarks: landmarks an example; one with no more tokens gets softmax attention itself.
+        conv_kernel_size: tokens that the convolution of the values covers, odd; None for no convolution.
+        pinv_iterations: steps towards the inverse of the landmarks' matrix; None inverts it exactly
+            (`torch.linalg.pinv`), which costs more and makes more of the noise of small singular values.
+        inv_coeff_init_option: scale the first step by each matrix's own largest column sum. False takes the largest of
+            all heads of an example: what published weights, whose configs say False, were trained with (there it is
+            the largest of the whole batch, so that examples depend on each other; a batch of one is the same).
+    """
+
+    num_landmarks: int = 64
+    conv_kernel_size: int | None = 65
+    pinv_iterations: int | None = 6
+    inv_coeff_init_option: bool = True
+
+    def check_options(self) -> None:
+        """Raises `ValueError` for a value that breaks a rule."""
+        if self.num_landmarks < 1:
+            raise ValueError(f"num_landmarks = {self.num_landmarks}: it must be 1 or more; published models have 64.")
+        size = self.conv_kernel_size
+        if size is not None and (size < 1 or size % 2 == 0):
+            raise ValueError(
+                f"conv_kernel_size = {size}: it must be a positive odd number, the token itself and as many on each "
+                f"side, or None for no convolution; use {max(1, size + 1)}."
+            )
+        if self.pinv_iterations is not None and self.pinv_iterations < 1:
+            raise ValueError(
+                f"pinv_iterations = {self.pinv_iterations}: it must be 1 or more, or None to invert exactly; published "
+                "models have 6."
+            )
+
+
+class NystromformerSelfAttention(SelfAttention):
+    """Nyström self-attention (Xiong et al. 2021, arXiv 2102.03902), plus a depthwise convolution of the values.
+
+    The convolution has one kernel a head and runs over the tokens of an example, zeros beyond both ends. Tokens that
+    are masked between others count as zeros there. There is no causal form: landmarks are means over the whole text.
+    """
+
+    options_class = NystromformerOptions
+
+    def __init__(self, config: Any, layer_idx: int, options: NystromformerOptions | None = None) -> None:
+        super().__init__(config, layer_idx, options)
+        self.options.check_options()
+        self.conv = None
+        if self.options.conv_kernel_size is not None:
+            self.conv = nn.Conv2d(
+                self.num_attention_heads,
+                self.num_attention_heads,
+                (self.options.conv_kernel_size, 1),
+                padding=(self.options.conv_kernel_size // 2, 0),
+                groups=self.num_attention_heads,
+                bias=False,
+            )
+
+    @property
+    def landmarks(self) -> dict[str, Any]:
+        """The options, as the formulas take them."""
+        return {
+            "num_landmarks": self.options.num_landmarks,
+            "pinv_iterations": self.options.pinv_iterations,
+            "scale_per_matrix": self.options.inv_coeff_init_option,
+        }
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        dropout_p: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `SelfAttention.attend`; the weights are those of the landmarks, without the convolution."""
+        weights = None
+        if backend == "eager":
+            mixed, weights = dense_nystrom_attention(
+                query, key, value, key_padding_mask, dropout_p=dropout_p, **self.landmarks
+            )
+        else:
+            mixed = nystrom_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **self.landmarks)
+        if self.conv is not None:
+            near = self.conv(zero_padding(value, key_padding_mask))
+            mixed = mixed + zero_padding(near, key_padding_mask)
+        return self.merge(mixed), weights

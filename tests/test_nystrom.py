@@ -1,0 +1,156 @@
+"""What is true of Nyström attention alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import HEAD_DIM, HEADS, paddings, qkv
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_efficient_attn.functional import dense_nystrom_attention, dropout_cpu, nystrom_attention, softmax_attention
+from hf_efficient_attn.functional.nystrom import iterative_pinv, segment_landmarks
+
+
+def options(landmarks: int, iterations: int | None = 6, per_matrix: bool = True) -> dict[str, object]:
+    return {"num_landmarks": landmarks, "pinv_iterations": iterations, "scale_per_matrix": per_matrix}
+
+
+def squares(batch: int = 3, size: int = 8, spread: float = 2.0) -> Tensor:
+    """Random matrices whose rows are probabilities; the example with more spread is easier to invert."""
+    scores = torch.randn(batch, HEADS, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (spread * torch.arange(1, batch + 1)[:, None, None, None] * scores).softmax(dim=-1)
+
+
+def constant_in_segments(keep: Tensor | None, batch: int, length: int, landmarks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys that are one random vector a segment; values differ from token to token."""
+    like = torch.empty(batch, 1, length, 1, dtype=torch.float64)
+    member = segment_landmarks(like, keep, landmarks).average > 0
+    generator = torch.Generator().manual_seed(2)
+    query, key = (
+        2 * torch.randn(1, HEADS, landmarks, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    spread = member.double().transpose(1, 2)[:, None].expand(batch, 1, -1, -1)
+    return spread @ query, spread @ key, qkv(batch, length)[2].detach()
+
+
+@pytest.mark.parametrize("landmarks", [1, 3, 4, 8])
+@pytest.mark.parametrize("length", [24, 61, 100])
+def test_tokens_constant_in_segments_get_softmax_attention(landmarks: int, length: int) -> None:
+    """Also where segments are not equally long."""
+    for side, keep in paddings(3, length).items():
+        inputs = constant_in_segments(keep, 3, length, landmarks)
+        right = softmax_attention(*inputs, keep)
+        for iterations in (None, 40):
+            ours = nystrom_attention(*inputs, keep, **options(landmarks, iterations))
+            assert_close(ours, right, rtol=0, atol=1e-8, msg=lambda m: f"{side} padding: {m}")  # noqa: B023
+
+
+def test_rows_of_weights_sum_to_one_once_the_inverse_has_converged() -> None:
+    query, key, value = qkv(2, 60)
+    rough, fine, exact = (
+        dense_nystrom_attention(query, key, value, **options(4, n))[1].sum(dim=-1) for n in (3, 40, None)
+    )
+    assert_close(exact, torch.ones_like(exact), rtol=0, atol=1e-9)
+    assert_close(fine, exact, rtol=0, atol=1e-9)
+    assert (rough - 1).abs().max() > 1e-3, "three iterations are an approximation, or this shows nothing"
+
+
+def test_more_iterations_come_closer_to_the_inverse() -> None:
+    matrices = squares()
+    right = torch.linalg.inv(matrices)
+    errors = [(iterative_pinv(matrices, n) - right).abs().amax() for n in (4, 8, 12, 30)]
+    assert all(a > b for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert errors[-1] < 1e-8
+
+
+@pytest.mark.parametrize("per_matrix", [True, False])
+def test_batch_mates_do_not_change_an_inverse(per_matrix: bool) -> None:
+    matrices = squares()
+    together = iterative_pinv(matrices, 6, per_matrix)
+    for row in range(3):
+        alone = iterative_pinv(matrices[row : row + 1], 6, per_matrix)
+        assert_close(together[row : row + 1], alone, rtol=0, atol=1e-12)
+
+
+def test_heads_share_a_scale_only_if_told_to() -> None:
+    matrices = squares()
+    alone = torch.cat([iterative_pinv(matrices[:, h : h + 1], 3) for h in range(HEADS)], dim=1)
+    assert_close(iterative_pinv(matrices, 3), alone, rtol=0, atol=1e-12)
+    shared = iterative_pinv(matrices, 3, scale_per_matrix=False)
+    assert (shared - alone).abs().max() > 1e-3
+    # The head with the largest column sum is the one that sets the scale.
+    first = matrices.sum(dim=-2).amax(dim=-1).argmax(dim=1)
+    rows = torch.arange(3)
+    assert_close(shared[rows, first], alone[rows, first], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [6, None])
+def test_short_examples_are_softmax_attention_beside_long_ones(iterations: int | None) -> None:
+    """Chosen example by example; the form that is not chosen gives no gradient, and no NaN that something hides."""
+    keep = torch.zeros(5, 50, dtype=torch.bool)
+    for row, count in enumerate([50, 9, 8, 1, 0]):
+        keep[row, :count] = True
+    inputs = qkv(5, 50)
+    ours = nystrom_attention(*inputs, keep, **options(8, iterations))
+    right = softmax_attention(*inputs, keep)
+    assert_close(ours[2:], right[2:], rtol=0, atol=1e-12)
+    assert (ours[:2] - right[:2]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    with torch.autograd.set_detect_anomaly(True):
+        mine, theirs = (torch.autograd.grad(x[2:].square().sum(), inputs) for x in (ours, right))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.isfinite().all()
+        assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_segments_are_of_equal_size_but_for_one_token() -> None:
+    for count in (8, 9, 50, 63):
+        keep = torch.zeros(1, 64, dtype=torch.bool)
+        keep[0, 64 - count :] = True
+        landmarks = segment_landmarks(torch.empty(1, 1, 64, 1), keep, 8)
+        sizes = (landmarks.average[0] > 0).sum(dim=1)
+        assert sizes.sum() == count and sizes.max() - sizes.min() <= 1
+        assert_close(landmarks.average.sum(dim=2), torch.ones(1, 8))
+        segment = (landmarks.average[0] > 0).int().argmax(dim=0)[64 - count :]
+        assert (segment.diff() >= 0).all(), "segments follow each other"
+
+
+@pytest.mark.parametrize("name", ["num_landmarks", "pinv_iterations"])
+def test_wrong_options_are_refused(name: str) -> None:
+    for function in (nystrom_attention, dense_nystrom_attention):
+        with pytest.raises(ValueError, match=f"{name} = 0: give 1 or more"):
+            function(*qkv(1, 5), **{**options(2), name: 0})
+
+
+@pytest.mark.parametrize("function", [nystrom_attention, lambda *x, **kwargs: dense_nystrom_attention(*x, **kwargs)[0]])
+def test_autocast_does_not_reach_the_inverse(function: Callable[..., Tensor]) -> None:
+    inputs = [x.detach() for x in qkv(2, 60, torch.float32)]
+    plain = function(*inputs, **options(8, 12))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(function(*inputs, **options(8, 12)), plain, rtol=0, atol=0)
+    shape = function(*(x.to("meta") for x in inputs), **options(8)).shape
+    assert shape == plain.shape, "a device without autocast"
+
+
+@pytest.mark.parametrize("count", [5, 3000])
+def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int) -> None:
+    """Forward and gradients, with the entries that were dropped; the mean of what is kept is right to 16 bits."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(3, HEADS, n, HEAD_DIM, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in (7, count, count)
+    )
+    bias = torch.zeros(3, 1, 1, count, dtype=torch.float64)
+    bias[1, ..., count // 2 :] = torch.finfo(torch.float64).min
+    torch.manual_seed(0)
+    kept, share = dropout_cpu._draw((3, HEADS, 7, count), 0.25)
+    assert share == 0.75 and (count == 5 or abs(kept.double().mean() - share) < 0.01)
+    torch.manual_seed(0)
+    ours = dropout_cpu.cpu_dropout_attention(query, key, value, bias, 0.25)
+    probs = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1)
+    right = (probs * kept / share) @ value
+    assert_close(ours, right, rtol=0, atol=1e-12)
+    weight = torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (ours, right))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)
