@@ -58,6 +58,7 @@ CAUSAL_HEADS = {"AutoModelForCausalLM": "ForCausalLM"}
 
 FAMILIES: dict[str, Family] = {
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
+    "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

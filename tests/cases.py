@@ -8,7 +8,13 @@ import oracles
 import torch
 from torch import Tensor
 
-from hf_efficient_attn.functional import TokenSlots, select_tokens, sliding_window_attention, softmax_attention
+from hf_efficient_attn.functional import (
+    TokenSlots,
+    performer_attention,
+    select_tokens,
+    sliding_window_attention,
+    softmax_attention,
+)
 
 
 HEADS, HEAD_DIM = 4, 8
@@ -105,6 +111,27 @@ def _longformer(
     return Variant(options, config, is_global, causal, quadratic)
 
 
+def _performer(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any
+) -> Tensor:
+    return performer_attention(query, key, value, keep, **kwargs)
+
+
+def _performer_module(
+    weights: dict[str, Tensor], x: Tensor, keep: Tensor | None, heads: int, is_global: None, **options: Any
+) -> Tensor:
+    # The module has drawn a projection of its own.
+    options = {name: value for name, value in options.items() if name != "projection"}
+    return oracles.performer_module(weights, x, keep, heads=heads, **options)
+
+
+def _features(count: int, kernel: str = "softmax", causal: bool = False) -> Variant:
+    """Independent features, whose number need not be a multiple of `HEAD_DIM`."""
+    draws = torch.randn(count, HEAD_DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    options = {"projection": draws, "kernel": kernel, "causal": causal}
+    return Variant(options, {"num_features": count, "kernel": kernel}, causal=causal)
+
+
 CASES = [
     Case(
         name="softmax",
@@ -136,6 +163,20 @@ CASES = [
             "causal dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens, causal=True),
         },
         softmax_options={"radius": 100, "dilation": 1},
+    ),
+    Case(
+        name="performer",
+        formula=_performer,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.performer(q, k, v, keep, **options),
+        module_oracle=_performer_module,
+        variants={
+            "softmax": _features(20),
+            "relu": _features(20, "relu"),
+            "few features": _features(3),
+            "causal": _features(20, causal=True),
+            "causal relu": _features(20, "relu", causal=True),
+        },
+        softmax_options=None,  # an estimate of it, with any number of features
     ),
 ]
 

@@ -29,7 +29,7 @@ TINY = {
 }
 
 # Options of mechanisms, for the families that have them: inputs of some tens of tokens should not fit into one window.
-TINY_OPTIONS = {"attention_window": [8, 4]}
+TINY_OPTIONS = {"attention_window": [8, 4], "num_features": 20}
 
 # What Python itself does not show by default.
 _HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)

@@ -2,12 +2,20 @@
 
 from .base import SelfAttention
 from .longformer import LongformerSelfAttention
+from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
 
 
 ATTENTIONS: dict[str, type[SelfAttention]] = {
     "longformer": LongformerSelfAttention,
+    "performer": PerformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
 }
 
-__all__ = ["ATTENTIONS", "LongformerSelfAttention", "SelfAttention", "SoftmaxSelfAttention"]
+__all__ = [
+    "ATTENTIONS",
+    "LongformerSelfAttention",
+    "PerformerSelfAttention",
+    "SelfAttention",
+    "SoftmaxSelfAttention",
+]

@@ -6,6 +6,9 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 """
 
 from .dense import dense_attention, softmax_attention
+from .favor import dense_performer_attention, performer_attention, performer_step
+from .favor_causal import PerformerState
+from .favor_features import KERNELS, orthogonal_features
 from .projected import projected_attention
 from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
@@ -13,10 +16,16 @@ from .window_flex import flex_sliding_window_attention, window_block_mask
 
 
 __all__ = [
+    "KERNELS",
+    "PerformerState",
     "TokenSlots",
     "dense_attention",
+    "dense_performer_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
+    "orthogonal_features",
+    "performer_attention",
+    "performer_step",
     "projected_attention",
     "replace_tokens",
     "select_tokens",

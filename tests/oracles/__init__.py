@@ -2,12 +2,16 @@
 
 from .common import masked_attention, padding, project, softmax, softmax_module
 from .longformer import longformer_module, sliding_window, window
+from .performer import performer, performer_module, performer_weights
 
 
 __all__ = [
     "longformer_module",
     "masked_attention",
     "padding",
+    "performer",
+    "performer_module",
+    "performer_weights",
     "project",
     "sliding_window",
     "softmax",
