@@ -95,7 +95,9 @@ def _segment(
     key, top = features.keys(key)
     top = top.masked_fill(~counted[:, None], -torch.inf)
     last = torch.maximum(top.amax(dim=-1).cummax(dim=-1).values, state.top[..., None])
-    before = torch.cat([state.top[..., None], last[..., :-1]], dim=-1)
+    # By index, because a slice of one less makes a graph special to few chunks.
+    number = torch.arange(blocks, device=device)
+    before = torch.where(number == 0, state.top[..., None], last[..., (number - 1).clamp(min=0)])
     running = torch.maximum(top.cummax(dim=-1).values, before[..., None])
 
     later = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
@@ -105,7 +107,6 @@ def _segment(
 
     own = (top - finite(last)[..., None]).exp()
     sums = torch.matmul((key * own[..., None]).transpose(-1, -2), value)
-    number = torch.arange(blocks, device=device)
     shares = last[..., None, :] - finite(before)[..., :, None]
     shares = shares.masked_fill(number[None, :] >= number[:, None], -torch.inf).exp()
     prefix = torch.matmul(shares, sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
@@ -114,9 +115,8 @@ def _segment(
 
     end = last[..., -1]
     after = _scaled(prefix[:, :, -1], before[..., -1] - finite(end)) + sums[:, :, -1]
-    batch, heads = result.shape[:2]
-    table = result.reshape(batch, heads, blocks * size, value.shape[-1])
-    return table[:, :, torch.arange(length, device=device)], PerformerState(after, end)
+    position = torch.arange(length, device=device)
+    return result[:, :, position // size, position % size], PerformerState(after, end)
 
 
 def _scaled(sums: Tensor, exponent: Tensor) -> Tensor:

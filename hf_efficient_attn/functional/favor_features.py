@@ -60,16 +60,20 @@ class FeatureMap(NamedTuple):
 
     def query_logits(self, query: Tensor) -> Tensor:
         """`[..., head_dim]` -> `[..., features]`, the logarithms up to a constant a row, which cancels."""
-        return torch.matmul(query * self.root, self.projection.T)
+        return self._products(query * self.root)
 
     def key_logits(self, key: Tensor) -> Tensor:
         """`[..., head_dim]` -> `[..., features]`, the logarithms."""
         key = key * self.root
-        return torch.matmul(key, self.projection.T) - key.square().sum(dim=-1, keepdim=True) / 2
+        return self._products(key) - key.square().sum(dim=-1, keepdim=True) / 2
 
     def linear(self, tensor: Tensor) -> Tensor:
         """Features of the ReLU kernel."""
-        return torch.matmul(tensor * self.root, self.projection.T).relu() + RELU_OFFSET
+        return self._products(tensor * self.root).relu() + RELU_OFFSET
+
+    def _products(self, tensor: Tensor) -> Tensor:
+        # As a batch of one: torch joins and splits dimensions for a plain matrix, which ties a graph to some lengths.
+        return torch.matmul(tensor, self.projection.T[None])
 
     def pair(self, query: Tensor, key: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features of queries and keys where every query sees every key; those of padding are 0.
