@@ -113,6 +113,14 @@ def tiny_tokenizer(max_length: int = 100) -> transformers.PreTrainedTokenizerFas
     )
 
 
+def tiny_wordpieces(max_length: int = 100) -> transformers.BertTokenizer:
+    """BERT's kind of tokenizer, for a few words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "quick", "brown", "fox", "dog", "##s"]
+    return transformers.BertTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, model_max_length=max_length
+    )
+
+
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
     """The text of every warning a user would see meanwhile: Python's, and of any logger from WARNING up."""
