@@ -39,7 +39,7 @@ class RedrawProjections(TrainerCallback):
         """Looks whether there is anything to draw."""
         if not _layers(model):
             raise ValueError(
-                f"RedrawProjections got a {type(model).__name__}, without Performer layers; leave the callback out."
+                f"RedrawProjections got a {type(model).__name__} without Performer layers; leave the callback out."
             )
 
     def on_step_end(

@@ -91,6 +91,16 @@ LONGFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+PERFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no features": ({"num_features": 0}, ("num_features = 0", "1 or more", "None")),
+    "kernel": ({"kernel": "elu"}, ("kernel = 'elu'", "softmax, relu")),
+    "seed": ({"projection_seed": -1}, ("projection_seed = -1", "0 or more")),
+    "misspelt": ({"num_feature": 8}, ("did you mean 'num_features'?",)),
+}
+OPTIONS_OF_FAMILIES = {"eff_longformer": LONGFORMER_OPTIONS, "eff_performer": PERFORMER_OPTIONS}
+OPTION_ROWS = [(family, name) for family, options in OPTIONS_OF_FAMILIES.items() for name in options]
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize("name", SHARED_OPTIONS)
 def test_shared_options(name: str, family: str) -> None:
@@ -98,18 +108,18 @@ def test_shared_options(name: str, family: str) -> None:
     refuses(lambda: tiny_config(family, **options), *parts)
 
 
-@pytest.mark.parametrize("name", LONGFORMER_OPTIONS)
-def test_longformer_options(name: str, tmp_path: Path) -> None:
-    options, parts = LONGFORMER_OPTIONS[name]
-    refuses(lambda: tiny_config(FAMILY, **options), *parts)
+@pytest.mark.parametrize(("family", "name"), OPTION_ROWS)
+def test_options_of_a_family(family: str, name: str, tmp_path: Path) -> None:
+    options, parts = OPTIONS_OF_FAMILIES[family][name]
+    refuses(lambda: tiny_config(family, **options), *parts)
     if name == "misspelt":
         return
     # The same rule holds for fields set later, and for what overrides a folder's config.
-    config = tiny_config(FAMILY)
+    config = tiny_config(family)
     for field, value in options.items():
         setattr(config, field, value)
-    refuses(lambda: model_class(FAMILY, "AutoModel")(config), *parts)
-    build_tiny("AutoModel").save_pretrained(tmp_path)
+    refuses(lambda: model_class(family, "AutoModel")(config), *parts)
+    model_class(family, "AutoModel")(tiny_config(family)).save_pretrained(tmp_path)
     refuses(lambda: transformers.AutoModel.from_pretrained(tmp_path, **options), *parts)
 
 
