@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .favor_causal import PerformerState, causal_sums, empty_state
-from .favor_cpu import cpu_performer_sums
+from .favor_cpu import cpu_performer_attention
 from .favor_features import FeatureMap, finite, make_feature_map, ratio
 from .inputs import check_qkv, zero_padding
 
@@ -66,13 +66,14 @@ def performer_attention(
         query, key, value = _prepared(query, key, value, key_padding_mask, query_mask, features, dropout_p)
         if causal:
             query = F.pad(query, (0, 0, length - queries, 0))
-            sums, _ = causal_sums(features, query, key, value, key_padding_mask, empty_state(features, key))
+            state = empty_state(features, key)
+            sums, _ = causal_sums(features, query, key, _with_ones(value), key_padding_mask, state)
             mixed = ratio(sums[:, :, length - queries :])
         elif query.device.type == "cpu" and not projection.requires_grad and not torch.compiler.is_compiling():
-            mixed = cpu_performer_sums(features, query, key, value, key_padding_mask)
+            mixed = cpu_performer_attention(features, query, key, value, key_padding_mask)
         else:
             query, key = features.pair(query, key, key_padding_mask)
-            mixed = ratio(torch.matmul(query, torch.matmul(key.transpose(-1, -2), value)))
+            mixed = ratio(torch.matmul(query, torch.matmul(key.transpose(-1, -2), _with_ones(value))))
     return zero_padding(mixed.to(dtype), query_mask)
 
 
@@ -108,7 +109,7 @@ def performer_step(
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = _prepared(query, key, value, key_padding_mask, key_padding_mask, features, dropout_p)
         state = empty_state(features, key) if state is None else state
-        sums, state = causal_sums(features, query, key, value, key_padding_mask, state)
+        sums, state = causal_sums(features, query, key, _with_ones(value), key_padding_mask, state)
         mixed = ratio(sums).to(dtype)
     return zero_padding(mixed, key_padding_mask), state
 
@@ -164,7 +165,7 @@ def dense_performer_attention(
         weights = weights / total
         if key_padding_mask is not None:
             weights = weights.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
-        mixed = torch.matmul(weights, value[..., :-1]) + past / total
+        mixed = torch.matmul(weights, value) + past / total
     return zero_padding(mixed.to(dtype), key_padding_mask), weights.to(dtype)
 
 
@@ -177,11 +178,15 @@ def _prepared(
     features: FeatureMap,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype to compute in, 0 at padding, and the values with dropout and a column of ones for the normaliser."""
+    """In the dtype to compute in, 0 at padding, the values with dropout."""
     dtype = features.projection.dtype
     query = zero_padding(query, query_mask).to(dtype)
     key, value = (zero_padding(x, key_padding_mask).to(dtype) for x in (key, value))
-    ones = value.new_ones(*value.shape[:3], 1)
     if dropout_p > 0.0:
-        value = value * F.dropout(ones, dropout_p)
-    return query, key, torch.cat([value, ones], dim=-1)
+        value = value * F.dropout(value.new_ones(*value.shape[:3], 1), dropout_p)
+    return query, key, value
+
+
+def _with_ones(value: Tensor) -> Tensor:
+    """A column of ones behind the values, for the normalisers."""
+    return torch.cat([value, value.new_ones(*value.shape[:3], 1)], dim=-1)

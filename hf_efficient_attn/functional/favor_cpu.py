@@ -19,16 +19,17 @@ from .window_blocks import Scratch
 _CHUNK_BYTES = 2 * 2**20
 
 
-def cpu_performer_sums(features: FeatureMap, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None) -> Tensor:
+def cpu_performer_attention(
+    features: FeatureMap, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None
+) -> Tensor:
     """Attention of every query over every key that counts.
 
     Args:
-        query, key: `[batch, heads, length, head_dim]`, in the dtype to compute in, finite also at padding.
-        value: `[batch, heads, length, head_dim + 1]`, ones in the last column.
+        query, key, value: `[batch, heads, length, head_dim]`, in the dtype to compute in, finite also at padding.
         keep: `[batch, length]` bool, which keys count.
 
     Returns:
-        `[batch, heads, length, head_dim]`; 0 where no key counts.
+        As `query`; 0 where no key counts.
     """
     return _PerformerAttention.apply(query, key, value, keep, features)
 
@@ -43,93 +44,86 @@ class _Inputs(NamedTuple):
     features: FeatureMap
 
 
+class _Sums(NamedTuple):
+    """Over the keys of some heads: `[heads, features, d]`, `[heads, features, 1]`, and features' largest logarithms."""
+
+    values: Tensor
+    ones: Tensor
+    tops: Tensor
+
+
 class _Part:
-    """Some heads of one example, and the features of some of their tokens at a time."""
+    """Some heads of one example, and the features of some of their tokens at a time.
+
+    Inputs are read as they lie, heads side by side: products take rows with gaps, and the root of the scale is in the
+    projection.
+    """
 
     def __init__(self, inputs: _Inputs, scratch: Scratch, example: int, heads: slice) -> None:
-        self.scratch, self.features, self.where = scratch, inputs.features, (example, heads)
+        self.scratch, self.where = scratch, (example, heads)
         self.query, self.key, self.value = (x[example, heads] for x in inputs[:3])
-        self.keep = None if inputs.keep is None else inputs.keep[example]
-        self.is_softmax = self.features.kernel == "softmax"
-        self.heads = self.key.shape[0]
-        self.count, self.width = self.features.projection.shape
-        self.projection = self.features.projection
-        if self.is_softmax:
-            ones = self.projection.new_ones(self.count, 1)
-            self.projection = torch.cat([self.projection, ones], dim=1)
+        self.hole = None if inputs.keep is None else ~inputs.keep[example]
+        self.root, self.is_softmax = inputs.features.root, inputs.features.kernel == "softmax"
+        self.projection = (inputs.features.projection * self.root).expand(self.key.shape[0], -1, -1)
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Scratch memory."""
         return self.scratch.take(name, shape, self.projection.dtype)
 
-    def inputs_of(self, name: str, tensor: Tensor) -> Tensor:
-        """`sqrt(scale) * tensor` `[heads, tokens, head_dim]`, in the softmax kernel with room for one more column."""
-        rows = self.take(name, *tensor.shape[:2], self.projection.shape[1])
-        torch.mul(tensor, self.features.root, out=rows[..., : self.width])
-        return rows
+    def logits(self, rows: Tensor) -> Tensor:
+        """`[heads, tokens, d]` -> `[heads, tokens, features]`."""
+        logits = self.take("features", *rows.shape[:2], self.projection.shape[1])
+        return torch.bmm(rows, self.projection.transpose(1, 2), out=logits)
 
-    def products(self, rows: Tensor) -> Tensor:
-        """`rows` times the projection, `[heads, tokens, features]`."""
-        logits = self.take("features", *rows.shape[:2], self.count)
-        torch.mm(rows.flatten(0, 1), self.projection.T, out=logits.flatten(0, 1))
-        return logits
+    def key_logits(self, tokens: slice) -> Tensor:
+        """Logarithms of the features of keys in the softmax kernel; -inf for keys that do not count."""
+        rows = self.key[:, tokens]
+        halves = torch.linalg.vecdot(rows, rows, out=self.take("halves", *rows.shape[:2])).mul_(self.root**2 / 2)
+        if self.hole is not None:
+            halves.masked_fill_(self.hole[tokens], torch.inf)
+        return self.logits(rows).sub_(halves[:, :, None])
 
-    def key_logits(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Rows and logits of keys in the softmax kernel; -inf for those that do not count."""
-        rows = self.inputs_of("rows", self.key[:, tokens])
-        last = rows[..., -1]
-        torch.linalg.vecdot(rows[..., :-1], rows[..., :-1], out=last).mul_(-0.5)
-        if self.keep is not None:
-            last.masked_fill_(~self.keep[tokens], -torch.inf)
-        return rows, self.products(rows)
-
-    def keys(self, tokens: slice, top: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows and features of keys, relative to the maxima `top` `[heads, 1, features]`."""
+    def keys(self, tokens: slice, tops: Tensor) -> Tensor:
+        """Features of keys, in the softmax kernel relative to their largest ones."""
         if self.is_softmax:
-            rows, logits = self.key_logits(tokens)
-            return rows, logits.sub_(top).exp_()
-        rows = self.inputs_of("rows", self.key[:, tokens])
-        features = self.products(rows).relu_().add_(RELU_OFFSET)
-        if self.keep is not None:
-            features.masked_fill_(~self.keep[tokens, None], 0.0)
-        return rows, features
+            return self.key_logits(tokens).sub_(tops).exp_()
+        features = self.logits(self.key[:, tokens]).relu_().add_(RELU_OFFSET)
+        return features if self.hole is None else features.masked_fill_(self.hole[tokens, None], 0.0)
 
-    def queries(self, tokens: slice, top: Tensor | None) -> Tensor:
+    def queries(self, tokens: slice, tops: Tensor) -> Tensor:
         """Features of queries; those of the softmax kernel up to a factor a row."""
-        rows = self.inputs_of("rows", self.query[:, tokens])
+        logits = self.logits(self.query[:, tokens])
         if not self.is_softmax:
-            return self.products(rows).relu_().add_(RELU_OFFSET)
-        rows[..., -1] = 1.0
-        projection = self.take("projection", self.heads, self.count, self.width + 1)
-        projection[:] = self.projection
-        projection[..., -1] = top[:, 0]
-        logits = self.take("features", *rows.shape[:2], self.count)
-        torch.bmm(rows, projection.transpose(1, 2), out=logits)
-        largest = torch.amax(logits, dim=-1, keepdim=True, out=self.take("largest", *rows.shape[:2], 1))
-        return logits.sub_(largest).exp_()
+            return logits.relu_().add_(RELU_OFFSET)
+        logits.add_(tops)
+        return logits.sub_(torch.amax(logits, -1, True, out=self.take("largest", *logits.shape[:2], 1))).exp_()
 
-    def through_features(self, grad: Tensor, features: Tensor) -> Tensor:
+    def through_features_(self, grad: Tensor, features: Tensor) -> Tensor:
         """The gradient of the logits from that of the features, in place."""
-        return grad.mul_(features) if self.is_softmax else grad.mul_(features > RELU_OFFSET)
+        return grad.mul_(features if self.is_softmax else features > RELU_OFFSET)
 
-    def sum_keys(self, chunks: list[slice]) -> tuple[Tensor, Tensor | None]:
-        """Sums over keys of features times values `[heads, features, d + 1]`, and the features' maxima."""
-        sums = self.value.new_zeros(self.heads, self.count, self.value.shape[-1])
-        if not self.is_softmax:
-            for tokens in chunks:
-                _, features = self.keys(tokens, None)
-                sums.baddbmm_(features.transpose(1, 2), self.value[:, tokens])
-            return sums, None
-        top = sums.new_full((self.heads, 1, self.count), -torch.inf)
+    def sum_keys(self, chunks: list[slice]) -> _Sums:
+        """The sums over all keys that count."""
+        heads, count = self.projection.shape[:2]
+        values = self.value.new_zeros(heads, count, self.value.shape[-1])
+        ones, tops = values.new_zeros(heads, count, 1), values.new_zeros(heads, 1, count)
+        if self.is_softmax:
+            tops.fill_(-torch.inf)
         for tokens in chunks:
-            _, logits = self.key_logits(tokens)
-            larger = torch.maximum(top, logits.amax(dim=1, keepdim=True))
-            # A feature that no key had so far has nothing to rescale.
-            shift = torch.where(larger == -torch.inf, 0.0, larger)
-            sums.mul_((top - shift).exp_().transpose(1, 2))
-            sums.baddbmm_(logits.sub_(shift).exp_().transpose(1, 2), self.value[:, tokens])
-            top = larger
-        return sums, torch.where(top == -torch.inf, 0.0, top)
+            if self.is_softmax:
+                features = self.key_logits(tokens)
+                larger = torch.maximum(tops, features.amax(dim=1, keepdim=True))
+                # A feature that no key had so far has nothing to rescale.
+                shift = torch.where(larger == -torch.inf, 0.0, larger)
+                factor = (tops - shift).exp_().transpose(1, 2)
+                values.mul_(factor), ones.mul_(factor)
+                features.sub_(shift).exp_()
+                tops = larger
+            else:
+                features = self.keys(tokens, tops)
+            values.baddbmm_(features.transpose(1, 2), self.value[:, tokens])
+            ones.add_(features.sum(dim=1)[:, :, None])
+        return _Sums(values, ones, torch.where(tops == -torch.inf, 0.0, tops))
 
 
 def _parts(inputs: _Inputs) -> Iterator[tuple[_Part, list[slice]]]:
@@ -155,78 +149,69 @@ class _PerformerAttention(torch.autograd.Function):
         inputs = _Inputs(query, key, value, keep, features)
         batch, heads, length, width = value.shape
         count = features.projection.shape[0]
-        result = query.new_empty(batch, length, heads, width - 1).transpose(1, 2)
+        result = query.new_empty(batch, length, heads, width).transpose(1, 2)
         totals = query.new_empty(batch, heads, length, 1)
-        sums = query.new_empty(batch, heads, count, width)
-        tops = query.new_empty(batch, heads, 1, count if features.kernel == "softmax" else 0)
+        sums = _Sums(*(query.new_empty(batch, heads, *x) for x in ((count, width), (count, 1), (1, count))))
         for part, chunks in _parts(inputs):
-            sums[part.where], top = part.sum_keys(chunks)
-            if top is not None:
-                tops[part.where] = top
+            own = part.sum_keys(chunks)
+            for whole, piece in zip(sums, own, strict=True):
+                whole[part.where] = piece
             for tokens in chunks:
-                queries = part.queries(tokens, top)
-                mixed = part.take("mixed", *queries.shape[:2], width)
-                torch.bmm(queries, sums[part.where], out=mixed)
-                total = totals[part.where][:, tokens]
-                total.copy_(mixed[..., -1:]).masked_fill_(total == 0, 1.0)
-                torch.div(mixed[..., :-1], total, out=mixed[..., :-1])
-                result[part.where][:, tokens] = mixed[..., :-1]
-        ctx.save_for_backward(query, key, value, keep, features.projection, sums, tops, totals, result)
+                queries = part.queries(tokens, own.tops)
+                mixed = torch.bmm(queries, own.values, out=part.take("mixed", *queries.shape[:2], width))
+                total = torch.bmm(queries, own.ones, out=part.take("total", *queries.shape[:2], 1))
+                total.masked_fill_(total == 0, 1.0)
+                totals[part.where][:, tokens] = total
+                torch.div(mixed, total, out=result[part.where][:, tokens])
+        ctx.save_for_backward(query, key, value, keep, features.projection, *sums, totals, result)
         ctx.features = features
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, keep, _, sums, tops, totals, result = ctx.saved_tensors
-        inputs = _Inputs(query, key, value, keep, ctx.features)
+        query, key, value, keep, _, *sums, totals, result = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
-            for part, chunks in _parts(inputs):
-                where, top = part.where, tops[part.where] if part.is_softmax else None
-                sums_grad = torch.zeros_like(sums[where])
+            for part, chunks in _parts(_Inputs(query, key, value, keep, ctx.features)):
+                where, own = part.where, _Sums(*(x[part.where] for x in sums))
+                own_grad = _Sums(torch.zeros_like(own.values), torch.zeros_like(own.ones), own.tops)
                 for tokens in chunks:
-                    above = part.take("above", part.heads, grad[where][:, tokens].shape[1], value.shape[-1])
-                    _ratio_grad(grad[where][:, tokens], result[where][:, tokens], totals[where][:, tokens], above)
-                    _query_grad(part, tokens, top, above, sums[where], sums_grad, grads[0])
+                    above = part.take("above", *grad[where][:, tokens].shape)
+                    torch.div(grad[where][:, tokens], totals[where][:, tokens], out=above)
+                    grads[0][where][:, tokens] = _query_grad(
+                        part, tokens, above, result[where][:, tokens], own, own_grad
+                    )
                 for tokens in chunks:
-                    _key_grad(part, tokens, top, sums_grad, grads[1], grads[2])
+                    key_grad, value_grad = _key_grads(part, tokens, own_grad)
+                    grads[1][where][:, tokens], grads[2][where][:, tokens] = key_grad, value_grad
         return (*grads, None, None)
 
 
-def _ratio_grad(grad: Tensor, result: Tensor, total: Tensor, out: Tensor) -> None:
-    """Gradient of the undivided sums `[heads, tokens, d + 1]` from that of the result."""
-    torch.div(grad, total, out=out[..., :-1])
-    torch.linalg.vecdot(out[..., :-1], result, out=out[..., -1]).neg_()
+def _query_grad(part: _Part, tokens: slice, above: Tensor, result: Tensor, sums: _Sums, sums_grad: _Sums) -> Tensor:
+    """Gradient of some queries; adds their share to that of the sums over keys.
+
+    `above` `[heads, tokens, d]` is the gradient of the result, divided by the normalisers.
+    """
+    queries = part.queries(tokens, sums.tops)
+    total_grad = torch.linalg.vecdot(above, result, out=part.take("total_grad", *above.shape[:2])).neg_()[:, :, None]
+    sums_grad.values.baddbmm_(queries.transpose(1, 2), above)
+    sums_grad.ones.baddbmm_(queries.transpose(1, 2), total_grad)
+    logits_grad = torch.bmm(above, sums.values.transpose(1, 2), out=part.take("features_grad", *queries.shape))
+    logits_grad.addcmul_(total_grad, sums.ones.transpose(1, 2))
+    part.through_features_(logits_grad, queries)
+    return torch.bmm(logits_grad, part.projection, out=part.take("rows_grad", *above.shape))
 
 
-def _query_grad(
-    part: _Part, tokens: slice, top: Tensor | None, above: Tensor, sums: Tensor, sums_grad: Tensor, target: Tensor
-) -> None:
-    """Write the gradient of some queries, and add their share to that of the sums over keys."""
-    queries = part.queries(tokens, top)
-    sums_grad.baddbmm_(queries.transpose(1, 2), above)
-    logits_grad = part.take("features_grad", *queries.shape)
-    torch.bmm(above, sums.transpose(1, 2), out=logits_grad)
-    part.through_features(logits_grad, queries)
-    rows = part.take("rows_grad", *queries.shape[:2], part.width)
-    torch.mm(logits_grad.flatten(0, 1), part.features.projection, out=rows.flatten(0, 1))
-    target[part.where][:, tokens] = rows.mul_(part.features.root)
-
-
-def _key_grad(
-    part: _Part, tokens: slice, top: Tensor | None, sums_grad: Tensor, key_target: Tensor, value_target: Tensor
-) -> None:
-    """Write the gradients of some keys and values."""
-    rows, keys = part.keys(tokens, top)
-    value = part.value[:, tokens]
-    value_target[part.where][:, tokens] = torch.bmm(keys, sums_grad, out=part.take("mixed", *value.shape))
-    logits_grad = part.take("features_grad", *keys.shape)
-    torch.bmm(value, sums_grad.transpose(1, 2), out=logits_grad)
-    part.through_features(logits_grad, keys)
-    rows_grad = part.take("rows_grad", *rows.shape)
-    torch.mm(logits_grad.flatten(0, 1), part.projection, out=rows_grad.flatten(0, 1))
+def _key_grads(part: _Part, tokens: slice, sums_grad: _Sums) -> tuple[Tensor, Tensor]:
+    """Gradients of some keys and values."""
+    rows, value, keys = part.key[:, tokens], part.value[:, tokens], part.keys(tokens, sums_grad.tops)
+    value_grad = torch.bmm(keys, sums_grad.values, out=part.take("mixed", *value.shape))
+    logits_grad = torch.bmm(value, sums_grad.values.transpose(1, 2), out=part.take("features_grad", *keys.shape))
+    logits_grad.add_(sums_grad.ones.transpose(1, 2))
+    part.through_features_(logits_grad, keys)
+    rows_grad = torch.bmm(logits_grad, part.projection, out=part.take("rows_grad", *rows.shape))
     if part.is_softmax:
-        # The last column is the gradient of -|x|^2 / 2.
-        rows_grad[..., :-1].addcmul_(rows[..., :-1], rows_grad[..., -1:], value=-1.0)
-    key_target[part.where][:, tokens] = rows_grad[..., : part.width].mul_(part.features.root)
+        # Of -|x|^2 / 2, which every feature of a key has.
+        rows_grad.addcmul_(rows, logits_grad.sum(dim=-1, keepdim=True), value=-(part.root**2))
+    return rows_grad, value_grad
