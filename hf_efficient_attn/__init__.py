@@ -11,6 +11,7 @@ from .auto import FAMILIES, public_names, register
 
 
 if TYPE_CHECKING:
+    from .callbacks import RedrawProjections
     from .data import DataCollatorWithGlobalAttention
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
@@ -43,6 +44,17 @@ if TYPE_CHECKING:
         EffNystromformerModel,
         EffNystromformerPreTrainedModel,
     )
+    from .models.eff_performer.configuration_eff_performer import EffPerformerConfig
+    from .models.eff_performer.modeling_eff_performer import (
+        EffPerformerForCausalLM,
+        EffPerformerForMaskedLM,
+        EffPerformerForMultipleChoice,
+        EffPerformerForQuestionAnswering,
+        EffPerformerForSequenceClassification,
+        EffPerformerForTokenClassification,
+        EffPerformerModel,
+        EffPerformerPreTrainedModel,
+    )
     from .question_answering import QuestionAnswerer
 
 __version__ = "0.1.0"
@@ -52,6 +64,7 @@ _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
     "DataCollatorWithGlobalAttention": ".data",
     "QuestionAnswerer": ".question_answering",
+    "RedrawProjections": ".callbacks",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]

@@ -62,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
     "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
+    "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

@@ -13,6 +13,7 @@ from hf_efficient_attn.functional import (
     big_bird_attention,
     count_blocks,
     nystrom_attention,
+    performer_attention,
     pick_random_blocks,
     random_draws,
     select_tokens,
@@ -176,6 +177,27 @@ def _nystromformer(
     return Variant(options, config, rounding=rounding)
 
 
+def _performer(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any
+) -> Tensor:
+    return performer_attention(query, key, value, keep, **kwargs)
+
+
+def _performer_module(
+    weights: dict[str, Tensor], x: Tensor, keep: Tensor | None, heads: int, is_global: None, **options: Any
+) -> Tensor:
+    # The module has drawn a projection of its own.
+    options = {name: value for name, value in options.items() if name != "projection"}
+    return oracles.performer_module(weights, x, keep, heads=heads, **options)
+
+
+def _features(count: int, kernel: str = "softmax", causal: bool = False) -> Variant:
+    """Independent features, whose number need not be a multiple of `HEAD_DIM`."""
+    draws = torch.randn(count, HEAD_DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    options = {"projection": draws, "kernel": kernel, "causal": causal}
+    return Variant(options, {"num_features": count, "kernel": kernel}, causal=causal)
+
+
 CASES = [
     Case(
         name="softmax",
@@ -245,6 +267,20 @@ CASES = [
         softmax_options={"num_landmarks": 100, "pinv_iterations": 6, "scale_per_matrix": True},
         # Approximated: weights may be negative, and rows sum to 1 only as nearly as the inverse has converged.
         probabilities=False,
+    ),
+    Case(
+        name="performer",
+        formula=_performer,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.performer(q, k, v, keep, **options),
+        module_oracle=_performer_module,
+        variants={
+            "softmax": _features(20),
+            "relu": _features(20, "relu"),
+            "few features": _features(3),
+            "causal": _features(20, causal=True),
+            "causal relu": _features(20, "relu", causal=True),
+        },
+        softmax_options=None,  # an estimate of it, with any number of features
     ),
 ]
 

@@ -35,6 +35,7 @@ TINY_OPTIONS = {
     "num_random_blocks": 2,
     "num_landmarks": 8,
     "conv_kernel_size": 5,
+    "num_features": 20,
     "sep_token_id": 2,  # some defaults lie beyond the tiny vocabulary
 }
 
@@ -118,6 +119,22 @@ def tiny_tokenizer(max_length: int = 100) -> transformers.PreTrainedTokenizerFas
         unk_token="<unk>",
         mask_token="<mask>",
     )
+
+
+def tiny_wordpieces(max_length: int = 100) -> transformers.BertTokenizer:
+    """BERT's kind of tokenizer, for a few words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "quick", "brown", "fox", "dog", "##s"]
+    return transformers.BertTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, model_max_length=max_length
+    )
+
+
+def tiny_unigrams(max_length: int = 100) -> transformers.BigBirdTokenizer:
+    """BigBird's kind of tokenizer, for a few words."""
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    words = ["\u2581the", "\u2581a", "\u2581quick", "\u2581brown", "\u2581fox", "\u2581dog"]
+    vocab = [(piece, 0.0) for piece in pieces] + [(word, -1.0) for word in words]
+    return transformers.BigBirdTokenizer(vocab=vocab, model_max_length=max_length)
 
 
 @contextmanager

@@ -117,6 +117,14 @@ NYSTROMFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+PERFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no features": ({"num_features": 0}, ("num_features = 0", "1 or more", "None")),
+    "kernel": ({"kernel": "elu"}, ("kernel = 'elu'", "softmax, relu")),
+    "seed": ({"projection_seed": -1}, ("projection_seed = -1", "0 or more")),
+    "misspelt": ({"num_feature": 8}, ("did you mean 'num_features'?",)),
+}
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize("name", SHARED_OPTIONS)
 def test_shared_options(name: str, family: str) -> None:
@@ -130,6 +138,7 @@ OPTIONS = {
         ("eff_longformer", LONGFORMER_OPTIONS),
         ("eff_big_bird", BIG_BIRD_OPTIONS),
         ("eff_nystromformer", NYSTROMFORMER_OPTIONS),
+        ("eff_performer", PERFORMER_OPTIONS),
     )
     for name, row in table.items()
 }

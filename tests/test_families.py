@@ -281,8 +281,11 @@ class _Allocations(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **(kwargs or {}))
-        storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # What an operation is given to write into, it does not make.
+        given = (*args, *kwargs.values())
+        storages = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in storages:
                 self.total += tensor.untyped_storage().nbytes()

@@ -2,62 +2,16 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from causal_models import AUTO, FAMILY, FORM, LENGTH, build, in_chunks, inputs_of
 from frame_family import FrameConfig
 from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, tiny_config, tiny_tokenizer
-from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
-from transformers.cache_utils import Cache
-
-from hf_efficient_attn import FAMILIES
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache, pipeline
 
 
-AUTO = "AutoModelForCausalLM"
-FAMILY = pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if AUTO in row.heads])
-
-# Windows of 9 and 5 tokens (4 and 2 back), or with gaps; and the same with a prefix of global tokens.
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "dilated": {"attention_dilation": [2, [1, 2, 1, 3]]},
-    "prefix": {"causal_global": "prefix"},
-    "dilated prefix": {"causal_global": "prefix", "attention_dilation": [2, [1, 2, 1, 3]]},
-}
-FORM = pytest.mark.parametrize("form", FORMS)
-LENGTH = 40  # more than three times the widest window
-
-
-def build(family: str, form: str = "plain", **overrides: Any) -> PreTrainedModel:
-    """A tiny causal model with random weights; logits are far enough apart for greedy search to have no ties."""
-    return randomise_(model_class(family, AUTO)(tiny_config(family, **FORMS[form], **overrides)), std=0.3)
-
-
-def inputs_of(form: str, lengths: list[int], side: str = "left") -> dict[str, Tensor]:
-    """Ids, mask, and a prefix of 3, 1 and 0 global tokens where the form has it."""
-    keep = mask_of(lengths, LENGTH, side)
-    inputs = {"input_ids": random_ids(len(lengths), LENGTH), "attention_mask": keep}
-    if "prefix" in form:
-        wanted = torch.tensor([3, 1, 0, 5][: len(lengths)])[:, None]
-        inputs["global_attention_mask"] = ((keep.cumsum(1) <= wanted) & keep.bool()).long()
-    return inputs
-
-
-def in_chunks(model: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int]) -> tuple[Tensor, Cache]:
-    """Logits of the whole text, computed in pieces that go on from each other's cache."""
-    past, logits, start = None, [], 0
-    for size in sizes:
-        stop = start + size
-        piece = {name: x[:, start:stop] for name, x in inputs.items() if name != "attention_mask"}
-        outputs = model(**piece, attention_mask=inputs["attention_mask"][:, :stop], past_key_values=past)
-        past, start = outputs.past_key_values, stop
-        logits.append(outputs.logits)
-    return torch.cat(logits, dim=1), past
-
-
-@FAMILY
 @FORM
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize(
@@ -76,7 +30,6 @@ def test_step_by_step_is_all_at_once(family: str, form: str, backend: str, sizes
     assert past.get_seq_length() == LENGTH
 
 
-@FAMILY
 @FORM
 @torch.no_grad()
 def test_long_chunks_after_a_cache(family: str, form: str) -> None:
@@ -91,7 +44,6 @@ def test_long_chunks_after_a_cache(family: str, form: str) -> None:
     torch.testing.assert_close(logits[seen], model(**inputs).logits[seen], rtol=1e-4, atol=2e-4)
 
 
-@FAMILY
 @FORM
 @torch.no_grad()
 def test_without_masks_every_token_counts(family: str, form: str) -> None:
@@ -109,7 +61,6 @@ def test_without_masks_every_token_counts(family: str, form: str) -> None:
     torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-6)
 
 
-@FAMILY
 @FORM
 def test_no_token_depends_on_a_later_one(family: str, form: str) -> None:
     model = build(family, form)
@@ -127,23 +78,6 @@ def test_no_token_depends_on_a_later_one(family: str, form: str) -> None:
     assert (embedded.grad[0, 20] != 0).any()
 
 
-@FAMILY
-@FORM
-@torch.no_grad()
-def test_the_cache_is_bounded_by_each_layers_window(family: str, form: str) -> None:
-    model = build(family, form)
-    inputs = inputs_of(form, [LENGTH, LENGTH])
-    _, past = in_chunks(model, inputs, [10] + [1] * (LENGTH - 10))
-    config = model.config
-    for number, layer in enumerate(past.layers):
-        dilation = config.dilation_of(number)
-        reach = config.window_of(number) // 2 * max(dilation if isinstance(dilation, list) else [dilation])
-        assert layer.keys.shape[2] == layer.values.shape[2] == reach
-        held = 0 if layer.prefix is None else layer.prefix.valid.shape[2]
-        assert held == (3 if "prefix" in form else 0)
-
-
-@FAMILY
 @FORM
 @torch.no_grad()
 def test_beams_may_change_places(family: str, form: str) -> None:
@@ -151,20 +85,15 @@ def test_beams_may_change_places(family: str, form: str) -> None:
     inputs = inputs_of(form, [LENGTH, 30, 20])
     order = torch.tensor([2, 0, 0])
     first = {name: x[:, :22] for name, x in inputs.items()}
-    past = model(**first).past_key_values
+    past, again = model(**first).past_key_values, model(**first).past_key_values
     past.reorder_cache(order)
-    moved = {name: x[order] for name, x in inputs.items()}
-    step = model(moved["input_ids"][:, 22:], moved["attention_mask"], past_key_values=past).logits
-    whole = model(**moved).logits[:, 22:]
-    torch.testing.assert_close(step, whole, rtol=1e-4, atol=2e-4)
-    again = model(**first).past_key_values
     again.batch_repeat_interleave(2)
-    again.batch_select_indices(torch.tensor([4, 1, 0]))
-    for layer, right in zip(again.layers, past.layers, strict=True):
-        assert layer.keys.shape[0] == 3
-        if layer.prefix is not None:
-            assert torch.equal(layer.prefix.valid, right.prefix.valid)
-            torch.testing.assert_close(layer.prefix.key, right.prefix.key)
+    again.batch_select_indices(torch.tensor([4, 1, 0]))  # the same examples, of which each is there twice
+    moved = {name: x[order] for name, x in inputs.items()}
+    whole = model(**moved).logits[:, 22:]
+    for cache in (past, again):
+        step = model(moved["input_ids"][:, 22:], moved["attention_mask"], past_key_values=cache).logits
+        torch.testing.assert_close(step, whole, rtol=1e-4, atol=2e-4)
     again.reset()
     assert again.get_seq_length() == 0
     torch.testing.assert_close(model(**first, past_key_values=again).logits, model(**first).logits, rtol=0, atol=1e-6)
@@ -178,7 +107,6 @@ GENERATION = {
 }
 
 
-@FAMILY
 @FORM
 @pytest.mark.parametrize("way", GENERATION)
 def test_generates_the_same_with_cache_without_and_in_chunks(family: str, form: str, way: str) -> None:
@@ -196,7 +124,6 @@ def test_generates_the_same_with_cache_without_and_in_chunks(family: str, form: 
         assert torch.equal(other, texts[0])
 
 
-@FAMILY
 @FORM
 @torch.no_grad()
 def test_greedy_takes_the_likeliest_token_and_alone_is_batched(family: str, form: str) -> None:
@@ -211,7 +138,8 @@ def test_greedy_takes_the_likeliest_token_and_alone_is_batched(family: str, form
             extra = alone.shape[1] - length
             masks = {name: torch.nn.functional.pad(x, (0, extra)) for name, x in own.items() if "global" in name}
             scores = model(alone, **masks, use_cache=False).logits[:, -1]
-            scores[:, model.config.eos_token_id] = -torch.inf
+            if model.config.eos_token_id is not None:
+                scores[:, model.config.eos_token_id] = -torch.inf
             alone = torch.cat([alone, scores.argmax(dim=-1, keepdim=True)], dim=1)
         assert torch.equal(found[row, LENGTH - length :], alone[0])
 
@@ -228,31 +156,6 @@ def test_goes_on_from_a_cache_and_from_embeddings(family: str) -> None:
     embedded = model.get_input_embeddings()(ids)
     from_embeddings = model.generate(inputs_embeds=embedded, max_new_tokens=10, min_new_tokens=10, do_sample=False)
     assert torch.equal(from_embeddings, whole[:, 20:])
-
-
-@FAMILY
-@torch.no_grad()
-def test_a_smaller_model_may_draft(family: str) -> None:
-    """Assisted generation rolls the cache back, beyond the window too."""
-    model, draft = build(family), build(family, num_hidden_layers=1, attention_window=8)
-    ids = random_ids(1, LENGTH)
-    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
-    assert torch.equal(model.generate(ids, assistant_model=draft, **options), model.generate(ids, **options))
-
-
-@FAMILY
-@torch.no_grad()
-def test_a_cache_that_keeps_everything_gives_the_same(family: str) -> None:
-    model = build(family)
-    inputs = inputs_of("plain", [LENGTH, 20])
-    past = DynamicCache()
-    pieces = []
-    for start in (0, 20):
-        masks = inputs["attention_mask"][:, : start + 20]
-        pieces.append(model(inputs["input_ids"][:, start : start + 20], masks, past_key_values=past).logits)
-    seen = inputs["attention_mask"].bool()
-    whole = model(**inputs).logits
-    torch.testing.assert_close(torch.cat(pieces, dim=1)[seen], whole[seen], rtol=1e-4, atol=2e-4)
 
 
 @FAMILY
@@ -322,102 +225,29 @@ def test_text_generation_pipeline(family: str, tmp_path: Path) -> None:
 
 @FAMILY
 def test_wrong_use_is_refused(family: str) -> None:
-    plain, prefix = build(family), build(family, "prefix")
-    ids = random_ids(2, 12)
-    past = prefix(ids).past_key_values
-    inner, one = torch.zeros_like(ids), torch.ones_like(ids[:, :1])
-    inner[0, 3] = 1
+    model = build(family)
+    ids, limit = random_ids(2, 12), model.config.max_input_length
+    past = model(ids).past_key_values
     refused = {
-        "causal_global='prefix'": lambda: plain(ids, global_attention_mask=torch.ones_like(ids)),
-        "mark the first ones": lambda: prefix(ids, global_attention_mask=inner),
-        "mark the first": lambda: prefix(ids[:, :1], global_attention_mask=one, past_key_values=past),
-        "make_cache": lambda: plain(ids, past_key_values=((ids, ids),)),
-        r"\[2, 13\]": lambda: prefix(ids[:, :1], ids[:, :1] * 0 + 1, past_key_values=past),
-        "132 tokens, 12 of them in the cache.*max_new_tokens": lambda: prefix(random_ids(2, 120), past_key_values=past),
-        "no place for global tokens": lambda: prefix(
-            ids, global_attention_mask=(ids * 0 + 1), past_key_values=DynamicCache()
-        ),
-        "StaticCache.*make_cache": lambda: plain(ids, past_key_values=StaticCache(plain.config, max_cache_len=20)),
-        "may become 132 tokens.*126.*lower max_new_tokens or max_length by 5": lambda: plain.generate(
+        "make_cache": lambda: model(ids, past_key_values=((ids, ids),)),
+        r"\[2, 13\]": lambda: model(ids[:, :1], ids[:, :1] * 0 + 1, past_key_values=past),
+        "132 tokens, 12 of them in the cache.*max_new_tokens": lambda: model(random_ids(2, 120), past_key_values=past),
+        "StaticCache.*make_cache": lambda: model(ids, past_key_values=StaticCache(model.config, max_cache_len=20)),
+        f"may become 132 tokens.*{limit}.*lower max_new_tokens or max_length by {131 - limit}": lambda: model.generate(
             ids, max_new_tokens=120
         ),
-        "logits_to_keep": lambda: plain(ids, labels=ids, logits_to_keep=1),
-        "logits_to_keep = -3": lambda: plain(ids, logits_to_keep=-3),
-        "past_key_values": lambda: plain(ids, labels=ids, past_key_values=plain(ids).past_key_values),
-        "cache_implementation = 'static'": lambda: plain.generate(ids, cache_implementation="static", max_new_tokens=2),
+        "logits_to_keep": lambda: model(ids, labels=ids, logits_to_keep=1),
+        "logits_to_keep = -3": lambda: model(ids, logits_to_keep=-3),
+        "past_key_values": lambda: model(ids, labels=ids, past_key_values=model(ids).past_key_values),
+        "cache_implementation = 'static'": lambda: model.generate(ids, cache_implementation="static", max_new_tokens=2),
     }
     for message, call in refused.items():
         with pytest.raises(ValueError, match=message):
             call()
-
-
-@FAMILY
-@torch.no_grad()
-def test_a_cache_is_cropped_down_to_its_prefix(family: str) -> None:
-    """Where padding comes first, the prefix ends later."""
-    model = build(family, "prefix")
-    ids, keep = random_ids(2, 10), mask_of([10, 3], 10, "left")
-    is_global = ((keep.cumsum(1) <= 2) & keep.bool()).long()
-    caches = []
-    for _ in range(2):
-        caches.append(model.make_cache())
-        caches[-1].activate_past_recording()
-        model(ids, keep, global_attention_mask=is_global, past_key_values=caches[-1])
-    with pytest.raises(ValueError, match="leaves 8 tokens, but the first 9"):
-        caches[0].crop(-2)
-    assert caches[0].get_seq_length() == 10, "what is refused changes nothing"
-    caches[1].crop(-1)
-    again = model(ids[:, 9:], keep, past_key_values=caches[1]).logits
-    torch.testing.assert_close(
-        again, model(ids, keep, global_attention_mask=is_global).logits[:, 9:], rtol=1e-4, atol=2e-4
-    )
-
-
-@torch.no_grad()
-def test_compiled_steps_make_no_room_for_tokens_that_are_not_global() -> None:
-    model = build("eff_longformer", "prefix", global_attention="cls")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ids, past = random_ids(2, 12), None
-    for start, stop in ((0, 9), (9, 10), (10, 11)):
-        past = compiled(ids[:, start:stop], past_key_values=past).past_key_values
-    assert all(layer.prefix.valid.shape[2] == 1 for layer in past.layers)
-    logits = compiled(ids[:, 11:], past_key_values=past).logits
-    torch.testing.assert_close(logits, model(ids).logits[:, 11:], rtol=1e-4, atol=2e-4)
-
-
-@FAMILY
-def test_wrong_use_leaves_a_cache_usable(family: str) -> None:
-    prefix = build(family, "prefix")
-    ids = random_ids(2, 12)
-    past = prefix(ids).past_key_values
-    with pytest.raises(ValueError, match="mark the first"):
-        prefix(ids[:, :1], global_attention_mask=torch.ones_like(ids[:, :1]), past_key_values=past)
     # What is refused changes nothing: the cache still goes on.
-    torch.testing.assert_close(
-        prefix(ids[:, :1], past_key_values=past).logits,
-        prefix(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:],
-        rtol=1e-4,
-        atol=2e-4,
-    )
-
-
-def test_the_first_token_as_prefix_by_rule() -> None:
-    """`global_attention="cls"` in a causal model: the first token, wherever padding stands and chunks begin."""
-    by_rule = build("eff_longformer", "prefix", global_attention="cls")
-    by_mask = build("eff_longformer", "prefix")
-    inputs = inputs_of("plain", [LENGTH, 20])
-    first = (inputs["attention_mask"].cumsum(1) == 1).long() * inputs["attention_mask"]
-    with torch.no_grad():
-        right = by_mask(**inputs, global_attention_mask=first).logits
-        seen = inputs["attention_mask"].bool()
-        torch.testing.assert_close(by_rule(**inputs).logits[seen], right[seen], rtol=1e-5, atol=1e-5)
-        for sizes in ([25, 15], [10, 30], [1] * LENGTH):
-            logits, past = in_chunks(by_rule, inputs, sizes)
-            assert all(layer.prefix.valid.shape[2] <= 2 for layer in past.layers), "no slot for later tokens"
-            torch.testing.assert_close(logits[seen], right[seen], rtol=1e-4, atol=2e-4)
-        plain = build("eff_longformer")(**inputs).logits
-    assert not torch.allclose(plain[seen], right[seen], atol=1e-3)
+    step = model(ids[:, :1], past_key_values=past).logits
+    whole = model(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(step, whole, rtol=1e-4, atol=2e-4)
 
 
 def test_a_family_without_causal_form_says_so() -> None:

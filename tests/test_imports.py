@@ -19,6 +19,7 @@ FRAME_AND_MECHANISMS = {"functional", "attention", "encoder"}
 LIBRARY = FRAME_AND_MECHANISMS | {"models", "auto"}
 PUBLIC = LIBRARY | {
     "__init__",
+    "callbacks",
     "data",
     "answer_spans",
     "question_answering",
@@ -33,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "encoder": set(),
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},
+    "callbacks": LIBRARY,
     "data": LIBRARY,
     "answer_spans": set(),
     "question_answering": {"answer_spans"},
@@ -52,7 +54,7 @@ OUTSIDE = {"functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other; only the room's own __init__ knows them all.
-SHARED_WITHIN: dict[str, set[str]] = {"attention": {"base", "cache", "prefix"}, "models": set()}
+SHARED_WITHIN: dict[str, set[str]] = {"attention": {"base", "cache", "prefix", "recurrent_cache"}, "models": set()}
 
 # Programs: they may use `import hf_efficient_attn...` and `from . import name`.
 PROGRAMS = {"bench", "demo", "cli", "__main__"}

@@ -194,10 +194,12 @@ def training_data(training: Training, tokenizer: PreTrainedTokenizerFast, with_g
 
 def make_trainer(family: str, training: Training, output: Path, with_global: bool) -> Trainer:
     tokenizer = tiny_tokenizer()
-    labels = {} if "Question" in training.auto_name else {"num_labels": 3}
+    labels: dict[str, Any] = {} if "Question" in training.auto_name else {"num_labels": 3}
     if training.causal and with_global:
         labels["causal_global"] = "prefix"
-    config = tiny_config(family, vocab_size=len(tokenizer), **labels)
+    # Trainer warns where these are not the tokenizer's.
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = tiny_config(family, vocab_size=len(tokenizer), **ids, **labels)
     data = training_data(training, tokenizer, with_global)
     arguments = TrainingArguments(
         output_dir=str(output),

@@ -4,6 +4,7 @@ from .base import SelfAttention
 from .big_bird import BigBirdSelfAttention
 from .longformer import LongformerSelfAttention
 from .nystromformer import NystromformerSelfAttention
+from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
 
 
@@ -11,6 +12,7 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
     "big_bird": BigBirdSelfAttention,
     "longformer": LongformerSelfAttention,
     "nystromformer": NystromformerSelfAttention,
+    "performer": PerformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
 }
 
@@ -19,6 +21,7 @@ __all__ = [
     "BigBirdSelfAttention",
     "LongformerSelfAttention",
     "NystromformerSelfAttention",
+    "PerformerSelfAttention",
     "SelfAttention",
     "SoftmaxSelfAttention",
 ]

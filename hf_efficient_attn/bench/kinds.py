@@ -84,6 +84,12 @@ KINDS: dict[str, Kind] = {
         primes=False,  # it takes one length
         note="64 landmarks, no dropout of attention probabilities, which it has none of",
     ),
+    "eff_performer": Kind(
+        "eff_performer",
+        quadratic=False,
+        windowed=False,
+        note="256 features, softmax kernel, no dropout of attention, as its config has it by default",
+    ),
     "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
     "modernbert": Kind(
         "modernbert",

@@ -148,7 +148,7 @@ class ForCausalLM(LanguageModel):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation = {generation_config.cache_implementation!r}: {type(self).__name__} has a cache "
-                "of its own, which a window bounds already; leave it out."
+                "of its own, which is bounded already; leave it out."
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.make_cache()

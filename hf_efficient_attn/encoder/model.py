@@ -126,14 +126,15 @@ class EffEncoderModel:
     ) -> dict[str, Any]:
         """What the family's mechanism wants prepared once for all layers; it gets them as keyword arguments.
 
-        `shape` is `(batch, length)` of the input; the mask covers what came before it as well.
+        `shape` is `(batch, length)` of the input; the mask covers what came before it as well. The cache is None in
+        encoders, and where none is wanted.
         """
         if global_attention_mask is not None:
             raise ValueError(
                 f"{type(self).__name__} got global_attention_mask, but its attention has no global tokens; "
                 "leave it out."
             )
-        return {}
+        return {} if past_key_values is None else {"past_key_values": past_key_values}
 
     def make_cache(self) -> Cache:
         """An empty cache for the causal form, as `forward` makes it where none is given."""

@@ -7,6 +7,9 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 
 from .big_bird import big_bird_attention, dense_big_bird_attention
 from .dense import dense_attention, softmax_attention
+from .favor import dense_performer_attention, performer_attention, performer_step
+from .favor_causal import PerformerState
+from .favor_features import KERNELS, orthogonal_features
 from .inputs import count_blocks, zero_padding
 from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
@@ -17,15 +20,21 @@ from .window_flex import flex_sliding_window_attention, window_block_mask
 
 
 __all__ = [
+    "KERNELS",
+    "PerformerState",
     "TokenSlots",
     "big_bird_attention",
     "count_blocks",
     "dense_attention",
     "dense_big_bird_attention",
     "dense_nystrom_attention",
+    "dense_performer_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
     "nystrom_attention",
+    "orthogonal_features",
+    "performer_attention",
+    "performer_step",
     "pick_random_blocks",
     "projected_attention",
     "random_draws",

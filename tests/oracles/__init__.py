@@ -4,6 +4,7 @@ from .big_bird import big_bird, big_bird_module, random_choice
 from .common import masked_attention, padding, project, softmax, softmax_module
 from .longformer import longformer_module, sliding_window, window
 from .nystromformer import nystrom, nystromformer_module
+from .performer import performer, performer_module, performer_weights
 
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "nystrom",
     "nystromformer_module",
     "padding",
+    "performer",
+    "performer_module",
+    "performer_weights",
     "project",
     "random_choice",
     "sliding_window",

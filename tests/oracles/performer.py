@@ -1,0 +1,60 @@
+"""Attention through random features, with every feature and every weight in memory."""
+
+import torch
+from torch import Tensor
+
+from .common import padding, project
+
+
+def performer_weights(
+    query: Tensor, key: Tensor, allowed: Tensor, *, projection: Tensor, kernel: str, scale: float | None = None
+) -> Tensor:
+    """`[batch, heads, n, n]`: products of features where `allowed`, divided by their row's sum; a row of none is 0.
+
+    No stabiliser: for inputs whose exponentials fit into float64.
+    """
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    features = []
+    for x in (query, key):
+        logits = torch.einsum("bhnd,md->bhnm", root * x, projection)
+        if kernel == "softmax":
+            features.append(torch.exp(logits - (root * x).square().sum(dim=-1, keepdim=True) / 2))
+        else:
+            features.append(torch.where(logits > 0, logits, 0.0) + 1e-3)
+    terms = torch.where(allowed, torch.einsum("bhim,bhjm->bhij", *features), 0.0)
+    total = terms.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, terms / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def performer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None = None,
+    *,
+    projection: Tensor,
+    kernel: str = "softmax",
+    causal: bool = False,
+) -> Tensor:
+    """`weights @ value`; if causal of the keys up to the query."""
+    batch, heads, length, _ = query.shape
+    allowed = padding(keep, batch, heads, length)
+    if causal:
+        allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
+    weights = performer_weights(query, key, allowed, projection=projection.to(query.dtype), kernel=kernel)
+    return torch.einsum("bhij,bhjd->bhid", weights, value)
+
+
+def performer_module(
+    weights: dict[str, Tensor],
+    states: Tensor,
+    keep: Tensor | None,
+    *,
+    heads: int,
+    kernel: str = "softmax",
+    causal: bool = False,
+) -> Tensor:
+    """Performer's self-attention with the projection that the module has."""
+    parts = (project(weights, name, states, heads) for name in ("query", "key", "value"))
+    mixed = performer(*parts, keep, projection=weights["projection"], kernel=kernel, causal=causal)
+    return mixed.permute(0, 2, 1, 3).flatten(2)
