@@ -65,7 +65,7 @@ def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = Tru
 
     Args:
         matrix: `[batch, heads, landmarks, landmarks]`.
-        iterations: 6 as published; singular values below about `3 ** -iterations` of the largest are not reached.
+        iterations: 6 as published; each brings singular values that are 1.8 times smaller within reach.
         scale_per_matrix: take the largest column sum of each matrix; else of all heads of an example, which is
             slower to converge. Never of the batch.
 
