@@ -29,9 +29,10 @@ PUBLIC = LIBRARY | {
     "integrations",
 }
 ROOMS: dict[str, set[str]] = {
-    "functional": set(),
+    "cpu": set(),
+    "functional": {"cpu"},
     "attention": {"functional"},
-    "encoder": set(),
+    "encoder": {"cpu"},
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},
     "callbacks": LIBRARY,
@@ -50,7 +51,7 @@ ROOMS: dict[str, set[str]] = {
 }
 
 # Room -> what it may import from outside besides the standard library; a room without a row may import anything.
-OUTSIDE = {"functional": {"torch"}}
+OUTSIDE = {"cpu": {"torch"}, "functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other; only the room's own __init__ knows them all.

@@ -8,6 +8,7 @@ from cases import HEAD_DIM, HEADS, paddings, qkv
 from torch import Tensor
 from torch.testing import assert_close
 
+from hf_efficient_attn.cpu import Scratch, draw_replay
 from hf_efficient_attn.functional import dense_nystrom_attention, dropout_cpu, nystrom_attention, softmax_attention
 from hf_efficient_attn.functional.nystrom import iterative_pinv, segment_landmarks
 
@@ -132,9 +133,11 @@ def test_autocast_does_not_reach_the_inverse(function: Callable[..., Tensor]) ->
     assert shape == plain.shape, "a device without autocast"
 
 
+@pytest.mark.parametrize("chunk", [1, 10**9])
 @pytest.mark.parametrize("count", [5, 3000])
-def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int) -> None:
-    """Forward and gradients, with the entries that were dropped; the mean of what is kept is right to 16 bits."""
+def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients, with the entries that were dropped, head by head and all at once."""
+    monkeypatch.setattr(dropout_cpu, "CHUNK_BYTES", chunk)
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
         torch.randn(3, HEADS, n, HEAD_DIM, generator=generator, dtype=torch.float64).requires_grad_()
@@ -143,8 +146,11 @@ def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int) -> None:
     bias = torch.zeros(3, 1, 1, count, dtype=torch.float64)
     bias[1, ..., count // 2 :] = torch.finfo(torch.float64).min
     torch.manual_seed(0)
-    kept, share = dropout_cpu._draw((3, HEADS, 7, count), 0.25)
-    assert share == 0.75 and (count == 5 or abs(kept.double().mean() - share) < 0.01)
+    replay = draw_replay(0.25)
+    kept, share, draws = torch.empty(3, HEADS, 7, count, dtype=torch.float64), replay.keep_share, replay.generator()
+    for where in dropout_cpu._parts(query, key):
+        kept[where] = replay.kept(kept[where], Scratch(), draws)
+    assert share == 0.75 and (count == 5 or abs(kept.mean() - share) < 0.01)
     torch.manual_seed(0)
     ours = dropout_cpu.cpu_dropout_attention(query, key, value, bias, 0.25)
     probs = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1)

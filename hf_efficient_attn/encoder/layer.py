@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..cpu import dropout_add
 from .activations import activation
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
@@ -33,7 +34,11 @@ class Output(nn.Module):
 
     def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
         """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
-        total = residual + self.dropout(self.dense(sublayer))
+        states = self.dense(sublayer)
+        if self.dropout.training and not (self.dense._forward_hooks or self.dropout._forward_hooks):
+            total = dropout_add(states, residual, self.dropout.p)
+        else:  # hooks see what they are about, and it stays as it was
+            total = residual + self.dropout(states)
         return total if self.pre_norm else self.LayerNorm(total)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 from .block_layout import BlockLayout
 from .inputs import masked_bias
-from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
 
 def cpu_block_attention(

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cpu import Scratch
 from .inputs import masked_bias
-from .scratch import Scratch
 from .tokens import TokenSlots
 from .window import Window, seen_global_keys
 

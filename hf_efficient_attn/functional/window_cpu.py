@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .scratch import CHUNK_BYTES, DropoutReplay, draw_replay
+from ..cpu import CHUNK_BYTES, DropoutReplay, draw_replay
 from .tokens import TokenSlots, gather_tokens
 from .window import Window, keys_in_windows
 from .window_blocks import WindowBias, WindowBlocks
