@@ -13,6 +13,17 @@ from .auto import FAMILIES, public_names, register
 if TYPE_CHECKING:
     from .callbacks import RedrawProjections
     from .data import DataCollatorWithGlobalAttention
+    from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
+    from .models.eff_big_bird.modeling_eff_big_bird import (
+        EffBigBirdForMaskedLM,
+        EffBigBirdForMultipleChoice,
+        EffBigBirdForPreTraining,
+        EffBigBirdForQuestionAnswering,
+        EffBigBirdForSequenceClassification,
+        EffBigBirdForTokenClassification,
+        EffBigBirdModel,
+        EffBigBirdPreTrainedModel,
+    )
     from .models.eff_longformer.configuration_eff_longformer import EffLongformerConfig
     from .models.eff_longformer.modeling_eff_longformer import (
         EffLongformerForMaskedLM,

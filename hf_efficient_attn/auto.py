@@ -57,6 +57,9 @@ ENCODER_HEADS = {
 CAUSAL_HEADS = {"AutoModelForCausalLM": "ForCausalLM"}
 
 FAMILIES: dict[str, Family] = {
+    "eff_big_bird": Family(
+        "BigBird", "eff_big_bird", ENCODER_HEADS | {"AutoModelForPreTraining": "ForPreTraining"}, "BigBirdTokenizer"
+    ),
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
     "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
 }

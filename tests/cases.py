@@ -10,7 +10,11 @@ from torch import Tensor
 
 from hf_efficient_attn.functional import (
     TokenSlots,
+    big_bird_attention,
+    count_blocks,
     performer_attention,
+    pick_random_blocks,
+    random_draws,
     select_tokens,
     sliding_window_attention,
     softmax_attention,
@@ -111,6 +115,43 @@ def _longformer(
     return Variant(options, config, is_global, causal, quadratic)
 
 
+def _big_bird(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    is_global: None,
+    *,
+    block_size: int,
+    draws: Tensor,
+    num_global: int,
+    ends: bool,
+    **kwargs: Any,
+) -> Tensor:
+    length = max(1, key.shape[2] - num_global)
+    counts = torch.full((1,), key.shape[2]) if keep is None else keep.sum(dim=1)
+    text_blocks = ((counts - num_global).clamp(min=0) + block_size - 1) // block_size
+    draws = draws[:, : count_blocks(length, block_size)]
+    pattern = {
+        "block_size": block_size,
+        "random_blocks": pick_random_blocks(draws, text_blocks, ends_are_global=ends),
+        "num_global": num_global,
+        "global_ends": ends,
+    }
+    return big_bird_attention(query, key, value, keep, **pattern, **kwargs)
+
+
+def _blocks(size: int, count: int = 2, num_global: int = 0, ends: bool = True) -> Variant:
+    draws = random_draws(0, 0, HEADS, 2100 // size, count, device=torch.device("cpu"))
+    config = {
+        "block_size": size,
+        "num_random_blocks": count,
+        "num_global_tokens": num_global,
+        "global_ends": ends,
+    }
+    return Variant({"block_size": size, "draws": draws, "num_global": num_global, "ends": ends}, config)
+
+
 def _performer(
     query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any
 ) -> Tensor:
@@ -163,6 +204,23 @@ CASES = [
             "causal dilated by head": _longformer(3, [1, 2, 3, 2], some_tokens, causal=True),
         },
         softmax_options={"radius": 100, "dilation": 1},
+    ),
+    Case(
+        name="big_bird",
+        formula=_big_bird,
+        oracle=lambda q, k, v, keep, is_global, **options: oracles.big_bird(q, k, v, keep, **options),
+        module_oracle=lambda weights, x, keep, heads, is_global, **options: oracles.big_bird_module(
+            weights, x, keep, heads=heads, **options
+        ),
+        variants={
+            "internal": _blocks(8),
+            "one token a block": _blocks(1, count=3),
+            "no random blocks": _blocks(7, count=0),
+            "extended": _blocks(8, num_global=5, ends=False),
+            "both": _blocks(5, num_global=3),
+            "window alone": _blocks(8, count=0, ends=False),
+        },
+        softmax_options=_blocks(40).options,
     ),
     Case(
         name="performer",

@@ -29,7 +29,13 @@ TINY = {
 }
 
 # Options of mechanisms, for the families that have them: inputs of some tens of tokens should not fit into one window.
-TINY_OPTIONS = {"attention_window": [8, 4], "num_features": 20}
+TINY_OPTIONS = {
+    "attention_window": [8, 4],
+    "block_size": 8,
+    "num_random_blocks": 2,
+    "num_features": 20,
+    "sep_token_id": 2,
+}
 
 # What Python itself does not show by default.
 _HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)

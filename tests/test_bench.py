@@ -384,11 +384,25 @@ def test_the_longformer_benchmark_refuses_unequal_models(monkeypatch: pytest.Mon
     assert "speed over" not in result.output and "median s" not in result.output
 
 
-def test_every_target_of_the_longformer_benchmark_gets_its_line() -> None:
-    module = script("longformer")
-    cases = make_cases(module.KINDS, [1024, 2048, 4096, 16384], sizes=[TINY], global_tokens=["none", "cls"])
+STUDIES = [path.stem for path in BENCHMARKS.glob("*.py") if hasattr(script(path.stem), "STUDY")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_target_of_a_study_gets_its_line(name: str) -> None:
+    study = script(name).STUDY
+    assert study.script == name
+    lengths = [int(length) for length in study.lengths.split(",")]
+    cases = make_cases(study.kinds, lengths, sizes=[TINY], global_tokens=study.global_tokens)
     results = [finished(case, 1.0, MIB) for case in cases]
-    assert len(ratio_lines(results, module.TARGETS)) == 2 * len(module.TARGETS) == 2 * 16
+    assert len(ratio_lines(results, study.targets)) == len(study.global_tokens) * len(study.targets) > 5
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "longformer"])
+def test_every_study_runs(name: str, tmp_path: Path) -> None:
+    result = run_script(name, tmp_path, "--quick", "--lengths", "128,256", "--repeats", "1", "--out", "r.csv")
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert len(rows) == 4 * len(script(name).STUDY.kinds) and {row["status"] for row in rows} == {"ok"}
 
 
 def test_the_window_benchmark_multiplies_what_it_says(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_any_length_works_and_is_the_callers(family: str, auto: str, train: bool
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_alone_is_padded_is_batched(family: str, auto: str, side: str, backend: str) -> None:
-    """Also with other ids, types and positions in the padding."""
+    """Also with other ids and types in the padding, and with token types of its own."""
     model = build(family, auto, attn_implementation=backend)
     lengths, length = [45, 100, 1], 100
     keep = mask_of(lengths, length, side)
@@ -105,16 +105,16 @@ def test_alone_is_padded_is_batched(family: str, auto: str, side: str, backend: 
     if "global_attention_mask" in inputs:
         inputs["global_attention_mask"] = mark_global(mask, model.config.is_decoder)
     batched = result_of(model, inputs)
-    poisoned = dict(inputs, token_type_ids=1 - mask)
-    poisoned["input_ids"] = torch.where(mask.bool(), inputs["input_ids"], 63)
-    found = result_of(model, poisoned)
+    typed = dict(inputs, token_type_ids=inputs["input_ids"] % 2)
+    poisoned = {name: torch.where(mask.bool(), typed[name], 1) for name in ("input_ids", "token_type_ids")}
+    found = result_of(model, {**typed, **poisoned})
     per_token = found.dim() >= 2 and found.shape[1] == length
     for row in range(3):
         own = keep[row].bool()
-        alone = result_of(model, {name: x[row : row + 1, ..., own] for name, x in inputs.items()})
         pick = own if per_token else slice(None)
-        torch.testing.assert_close(batched[row][pick], alone[0], rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(found[row][pick], alone[0], rtol=1e-5, atol=2e-5)
+        for together, given in ((batched, inputs), (found, typed)):
+            alone = result_of(model, {name: x[row : row + 1, ..., own] for name, x in given.items()})
+            torch.testing.assert_close(together[row][pick], alone[0], rtol=1e-5, atol=2e-5)
 
 
 @HEAD

@@ -255,7 +255,7 @@ def test_pieces_of_any_size(case: Case, variant: str, side: str, size: int, monk
     """Chunks, segments and parts of the CPU's path: always the oracle."""
     monkeypatch.setattr(favor_causal, "_CHUNK", size)
     monkeypatch.setattr(favor_causal, "_SEGMENT", 40)
-    monkeypatch.setattr(favor_cpu, "_CHUNK_BYTES", size * 20 * 8 // torch.get_num_threads())
+    monkeypatch.setattr(favor_cpu, "CHUNK_BYTES", size * 20 * 8 // torch.get_num_threads())
     keep = paddings(3, 90)[side]
     inputs, options = qkv(3, 90), case.variants[variant].options
     right = with_grads(lambda q, k, v: case.oracle(q, k, v, keep, None, **options), inputs)

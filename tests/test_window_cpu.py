@@ -19,7 +19,7 @@ def test_chunks_of_any_size(
     case: Case, variant: str, chunk: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block at a time, some blocks, some heads, several examples: always the oracle, and under dropout a gradient."""
-    monkeypatch.setattr(window_cpu, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(window_cpu, "CHUNK_BYTES", chunk)
     keep = paddings(3, 200)["left"]
     inputs, is_global = qkv(3, 200), is_global_of(case, variant, 3, 200, keep)
     function = formula(case, variant, keep, is_global, dropout_p=dropout_p)

@@ -14,7 +14,7 @@ class SelfAttention(nn.Module):
 
     Args:
         config: has `hidden_size`, `num_attention_heads`, `attention_probs_dropout_prob` and `_attn_implementation`, and
-            for the causal form `is_decoder`.
+            for the causal form `is_decoder`; `qkv_bias`, True where it is not there.
         layer_idx: index of the layer, from 0.
         options: the mechanism's options, an `options_class`; a config that has them as fields by default.
 
@@ -47,9 +47,10 @@ class SelfAttention(nn.Module):
             )
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout_p = float(config.attention_probs_dropout_prob)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        bias = getattr(config, "qkv_bias", True)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
 
     def split(self, projected: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, heads, length, head_dim]`."""

@@ -13,6 +13,7 @@ from .memory import GIB, MIB, available_bytes
 from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
+from .study import Study, run_study, study_app
 
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Kind",
     "ModelSize",
     "Result",
+    "Study",
     "available_bytes",
     "check_outputs",
     "describe",
@@ -40,7 +42,9 @@ __all__ = [
     "ratio_lines",
     "require_extras",
     "run_cases",
+    "run_study",
     "split_names",
     "split_numbers",
+    "study_app",
     "write_csv",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 
-def require_extras(*modules: str) -> None:
-    """Check that the modules of the extra `demo` are there, before any work is done.
+def require_extras(*modules: str, extra: str = "demo") -> None:
+    """Check that the modules of an extra are there, before any work is done.
 
     Raises:
         ValueError: one is missing; the message says how to install it.
@@ -14,5 +14,6 @@ def require_extras(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f'{", ".join(missing)} cannot be imported, but this command needs it: pip install "hf_efficient_attn[demo]"'
+            f"{', '.join(missing)} cannot be imported, but this command needs it: pip install "
+            f'"hf_efficient_attn[{extra}]"'
         )

@@ -23,6 +23,8 @@ class Kind:
         gated: the feed-forward part has three matrices instead of two; it gets two thirds of the width, so that its
             multiply-adds are the same.
         fields: further fields of the config.
+        length_field: the config's name for the one length that its inputs have.
+        primes: a tiny run before the measured ones leaves the model as it was.
         note: what to know when its figures are compared with others'.
     """
 
@@ -36,13 +38,33 @@ class Kind:
     window_field: str = "attention_window"
     gated: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
+    length_field: str | None = None
+    primes: bool = True
     note: str = ""
 
 
+# transformers' BigBird ignores it.
+_BIG_BIRD = {"attention_probs_dropout_prob": 0.0}
 _LONGFORMER = {"quadratic": False, "windowed": True, "extra_positions": 2, "global_tokens": True}
 KINDS: dict[str, Kind] = {
     "eff_longformer": Kind("eff_longformer", same_as="longformer", **_LONGFORMER),
     "longformer": Kind("longformer", **_LONGFORMER),
+    "eff_big_bird": Kind(
+        "eff_big_bird",
+        quadratic=False,
+        windowed=False,
+        fields=_BIG_BIRD,
+        note="blocks of 64, 3 random ones, no dropout of attention probabilities",
+    ),
+    "big_bird": Kind(
+        "big_bird",
+        quadratic=False,
+        windowed=False,
+        fields=_BIG_BIRD,
+        primes=False,  # one short input turns it into a model of full attention
+        note="blocks of 64, 3 random ones (in a forward pass all of them block 0), no dropout of attention "
+        "probabilities, which it has none of in its blocks",
+    ),
     "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
     "modernbert": Kind(
         "modernbert",

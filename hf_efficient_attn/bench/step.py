@@ -40,6 +40,7 @@ def build_model(case: Case) -> PreTrainedModel:
         vocab_size=size.vocab_size,
         max_position_embeddings=max(case.length, _PRIMING_LENGTH) + kind.extra_positions,
         **({kind.window_field: size.attention_window} if kind.windowed else {}),
+        **({kind.length_field: case.length} if kind.length_field else {}),
         **kind.fields,
     )
     auto_class = AutoModel if case.task == "base" else AutoModelForSequenceClassification
@@ -135,8 +136,9 @@ def serve(case: Case, connection: Connection) -> None:
     try:
         step, forget = build_step(case)
         # A tiny run first: thread stacks, kernels' code and workspaces are not what a length costs.
-        step(min(_PRIMING_LENGTH, case.length))
-        forget()
+        if KINDS[case.kind].primes:
+            step(min(_PRIMING_LENGTH, case.length))
+            forget()
         gc.collect()
         peak = PeakMemory()
         peak.reset()

@@ -44,6 +44,7 @@ class EffEncoderConfig(PreTrainedConfig):
         position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With
             an offset, pad ids stand for the attention mask where none is given.
         type_vocab_size: number of token types, 0 for no table.
+        rescale_embeddings: multiply word embeddings by the root of their width.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of the layer norms.
         norm_position: `"post"` as in BERT, or `"pre"` with a final norm.
@@ -86,6 +87,7 @@ class EffEncoderConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     position_offset: int | None = 0
     type_vocab_size: int = 2
+    rescale_embeddings: bool = False
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     norm_position: str = "post"

@@ -28,6 +28,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size > 0 else None
+        self.scale = width**0.5 if config.rescale_embeddings else 1.0
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
 
@@ -38,6 +39,8 @@ class Embeddings(nn.Module):
         return in_chunks(self._sum, inference_chunk(inputs_embeds, self), inputs_embeds, position_ids, token_type_ids)
 
     def _sum(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            inputs_embeds = inputs_embeds * self.scale
         embedded = inputs_embeds + self.position_embeddings(position_ids)
         if self.token_type_embeddings is not None:
             embedded = embedded + self.token_type_embeddings(token_type_ids)

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .activations import make_activation
 from .configuration import EffEncoderConfig
 
 
@@ -54,7 +54,7 @@ class BertTransform(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = make_activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -116,10 +116,25 @@ class DenseClassificationHead(nn.Module):
 
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
+        self.activation = self.choose_activation(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, num_labels]`."""
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(first_token)))))
+        return self.out_proj(self.dropout(self.activation(self.dense(self.dropout(first_token)))))
+
+    @staticmethod
+    def choose_activation(config: EffEncoderConfig) -> nn.Module:
+        """What stands between the two linear maps."""
+        return nn.Tanh()
+
+
+class ActivatedClassificationHead(DenseClassificationHead):
+    """BigBird's `classifier`: the same with the activation of the feed-forward layers."""
+
+    @staticmethod
+    def choose_activation(config: EffEncoderConfig) -> nn.Module:
+        """`config.hidden_act`."""
+        return make_activation(config.hidden_act)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .activations import make_activation
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
@@ -43,7 +43,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = make_activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, intermediate]`."""
@@ -124,3 +124,14 @@ class Pooler(nn.Module):
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, hidden]`."""
         return torch.tanh(self.dense(first_token))
+
+
+class LinearPooler(nn.Linear):
+    """The same with the linear map itself under the name `pooler` (BigBird)."""
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_token: Tensor) -> Tensor:
+        """`[batch, hidden]` -> `[batch, hidden]`."""
+        return torch.tanh(super().forward(first_token))

@@ -1,5 +1,6 @@
 """The base model of every encoder family, and what all its classes share."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,9 @@ class EffEncoderModel:
     attention_class: ClassVar[AttentionFactory]
     """The family's mechanism, `(config, layer_idx) -> module`."""
 
+    pooler_class: ClassVar[Callable[[EffEncoderConfig], nn.Module]] = Pooler
+    """Maps the state of the first token to `pooler_output`."""
+
     def __init__(self, config: EffEncoderConfig, add_pooling_layer: bool = True, task: str | None = None) -> None:
         super().__init__(config)
         self.task = task
@@ -71,7 +75,8 @@ class EffEncoderModel:
         projected = config.embedding_size is not None and config.embedding_size != config.hidden_size
         self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if projected else None
         self.encoder = Encoder(config, self.attention_class)
-        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.pooler = self.pooler_class(config) if add_pooling_layer else None
+        self.add_parts(config)
         self.post_init()
         # Not at the first call that records something: that call may be inside a compiled graph.
         maybe_install_capturing_hooks(self)
@@ -81,6 +86,13 @@ class EffEncoderModel:
         # Otherwise made by `PreTrainedModel.__init__`, which loading a pickle does not call.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         maybe_install_capturing_hooks(self)
+
+    def add_parts(self, config: EffEncoderConfig) -> None:
+        """Modules that the family has besides; none by default."""
+
+    def encode(self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any]) -> Tensor:
+        """All layers: `[batch, length, hidden]` -> the same shape; `context` is that of `attention_context`."""
+        return self.encoder(hidden_states, key_padding_mask, **context)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
@@ -217,7 +229,7 @@ class EffEncoderModel:
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
-        hidden_states = self.encoder(hidden_states, key_padding_mask, **context)
+        hidden_states = self.encode(hidden_states, key_padding_mask, context)
         pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

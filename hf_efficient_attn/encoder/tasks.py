@@ -260,7 +260,21 @@ class ForQuestionAnswering(TaskModel):
                 f"num_labels = {config.num_labels}: question answering has two outputs, start and end; "
                 "use num_labels=2."
             )
+        self.add_span_head(config)
+
+    def add_span_head(self, config: EffEncoderConfig) -> None:
+        """The layers that score starts and ends."""
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    def token_types(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor | None:
+        """The token types to use; a family may have some where none are given."""
+        return token_type_ids
+
+    def span_logits(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Scores of starts and ends, `[batch, length, 2]`."""
+        return self.qa_outputs(hidden_states)
 
     @can_return_tuple
     def forward(
@@ -281,10 +295,11 @@ class ForQuestionAnswering(TaskModel):
             `start_logits` and `end_logits` `[batch, length]`, the most negative number at padding, and `loss` if there
             are positions.
         """
+        types = self.token_types(input_ids, attention_mask, token_type_ids)
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids, attention_mask, types, position_ids, inputs_embeds, global_attention_mask, **kwargs
         )
-        logits = self.qa_outputs(outputs.last_hidden_state)
+        logits = self.span_logits(outputs.last_hidden_state, input_ids, attention_mask)
         keep = self.base_model.key_padding_mask(input_ids, attention_mask, logits.shape[:2])
         if keep is not None:
             # An answer never stands in padding, and the loss must not depend on how much of it there is.

@@ -5,11 +5,14 @@ parameters, and returns `[batch, heads, length, head_dim]` in `query.dtype`. `ke
 bool, True = attend. Rows of padding positions, and rows that may attend nothing, are 0.
 """
 
+from .big_bird import big_bird_attention, dense_big_bird_attention
 from .dense import dense_attention, softmax_attention
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
+from .inputs import count_blocks
 from .projected import projected_attention
+from .random_blocks import pick_random_blocks, random_draws
 from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
 from .window_flex import flex_sliding_window_attention, window_block_mask
@@ -19,6 +22,9 @@ __all__ = [
     "KERNELS",
     "PerformerState",
     "TokenSlots",
+    "big_bird_attention",
+    "count_blocks",
+    "dense_big_bird_attention",
     "dense_attention",
     "dense_performer_attention",
     "flex_sliding_window_attention",
@@ -26,7 +32,9 @@ __all__ = [
     "orthogonal_features",
     "performer_attention",
     "performer_step",
+    "pick_random_blocks",
     "projected_attention",
+    "random_draws",
     "replace_tokens",
     "select_tokens",
     "sliding_window_allowed",

@@ -22,15 +22,17 @@ def dense_attention(
     value: Tensor,
     allowed: Tensor | None,
     *,
+    bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(query key^T * scale + mask) value` with the whole matrix in memory.
+    """`softmax(query key^T * scale + bias + mask) value` with the whole matrix in memory.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, heads, length, head_dim]`; `value` likewise.
         allowed: bool, broadcastable to `[batch, heads, queries, length]`, True = attend; None allows every pair.
+        bias: added to the scaled scores, broadcastable likewise.
         scale: factor of the scores, `head_dim ** -0.5` by default.
         dropout_p: dropout of the probabilities.
 
@@ -41,7 +43,8 @@ def dense_attention(
     Vaswani et al. 2017, arXiv 1706.03762. Time O(queries * length), memory O(queries * length).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    probs = masked_softmax(torch.matmul(query * scale, key.transpose(-1, -2)), allowed)
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    probs = masked_softmax(scores if bias is None else scores + bias, allowed)
     weights = probs.to(query.dtype)
     mixed = torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
     return mixed.to(query.dtype), weights

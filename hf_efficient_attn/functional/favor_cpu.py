@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .favor_features import RELU_OFFSET, FeatureMap
-from .window_blocks import Scratch
-
-
-# Features in memory at a time, for each thread: they should stay in a core's own cache between the passes over them.
-_CHUNK_BYTES = 2 * 2**20
+from .scratch import CHUNK_BYTES, Scratch
 
 
 def cpu_performer_attention(
@@ -130,7 +126,7 @@ def _parts(inputs: _Inputs) -> Iterator[tuple[_Part, list[slice]]]:
     """The parts, and the chunks of tokens of each: as much at a time as one chunk's memory holds, one head at least."""
     batch, heads, length, _ = inputs.key.shape
     count, itemsize = inputs.features.projection.shape[0], inputs.key.dtype.itemsize
-    rows = max(1, _CHUNK_BYTES * torch.get_num_threads() // (count * itemsize))
+    rows = max(1, CHUNK_BYTES * torch.get_num_threads() // (count * itemsize))
     step, at_once = min(length, rows), max(1, min(heads, rows // length))
     chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
     scratch = Scratch()

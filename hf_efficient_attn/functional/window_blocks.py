@@ -1,4 +1,4 @@
-"""The blocks of queries that windows are computed in on a CPU, their masks, and memory that is used again."""
+"""The blocks of queries that windows are computed in on a CPU, and their masks."""
 
 from typing import NamedTuple
 
@@ -6,23 +6,9 @@ import torch
 from torch import Tensor
 
 from .inputs import masked_bias
+from .scratch import Scratch
 from .tokens import TokenSlots
 from .window import Window, seen_global_keys
-
-
-class Scratch:
-    """Memory by name, used again for every chunk: touching fresh memory costs more than most of the work done in it."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of any content, which the next call with this `name` overwrites."""
-        count = torch.Size(shape).numel()
-        held = self._held.get(name)
-        if held is None or held.numel() < count:
-            held = self._held[name] = torch.empty(count, dtype=dtype, device="cpu")
-        return held[:count].view(shape)
 
 
 class WindowBlocks:

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .scratch import CHUNK_BYTES, DropoutReplay, draw_replay
 from .tokens import TokenSlots, gather_tokens
 from .window import Window, keys_in_windows
-from .window_blocks import Scratch, WindowBias, WindowBlocks
-
-
-# Scores in memory at a time, for each thread. Small enough for a core's own cache, where the passes over them are
-# several times quicker than in main memory; large enough that calling torch costs little beside the work.
-_CHUNK_BYTES = 2 * 2**20
+from .window_blocks import WindowBias, WindowBlocks
 
 
 def cpu_window_attention(
@@ -36,8 +32,7 @@ def cpu_window_attention(
     options = _Options(
         window,
         query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p,
-        int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0,
+        draw_replay(dropout_p),
     )
     if global_tokens is not None and global_tokens.slots == 0:
         global_tokens = None
@@ -50,27 +45,7 @@ class _Options(NamedTuple):
 
     window: Window
     scale: float
-    dropout_p: float
-    seed: int
-
-    @property
-    def drop_level(self) -> int:
-        """Signed 16-bit numbers below this are dropped: a share of `dropout_p`, at most all but one of 65,536."""
-        return min(round(self.dropout_p * 2**16), 2**16 - 1) - 2**15
-
-    @property
-    def keep_share(self) -> float:
-        """The share that dropout keeps, at the 16 bits it is drawn with; never 0, for it divides."""
-        return (2**15 - self.drop_level) / 2**16
-
-    def kept(self, like: Tensor, scratch: Scratch, generator: torch.Generator) -> Tensor:
-        """Which entries dropout keeps, 1.0 or 0.0; 16 random bits an entry, several times quicker than `bernoulli_`."""
-        count = like.numel()
-        words = scratch.take("words", ((count + 3) // 4,), torch.int64).random_(-(2**63), None, generator=generator)
-        numbers = words.view(torch.int16)[:count].view(like.shape)
-        kept = torch.ge(numbers, self.drop_level, out=scratch.take("kept", like.shape, torch.bool))
-        # To multiply with floats is several times quicker than to fill where a mask says so.
-        return scratch.take("factors", like.shape, like.dtype).copy_(kept)
+    dropout: DropoutReplay
 
 
 class _Saved(NamedTuple):
@@ -224,15 +199,15 @@ def _write_gradients(
     global_key_grad = global_value_grad = None
     if part.slots > 0:
         global_key_grad, global_value_grad = torch.zeros_like(part.global_key), torch.zeros_like(part.global_value)
-    result_grad = shape.blocks("result_grad", grad[part.where]).div_(options.keep_share)
+    result_grad = shape.blocks("result_grad", grad[part.where]).div_(options.dropout.keep_share)
     for blocks in part.chunks(step):
         above, query = part.of(blocks, result_grad), part.of(blocks, part.query)
         probs = part.probs(blocks)
         values = shape.windows("values", part.value_rows, blocks)
         local, probs_grad = part.products("probs_grad", above, values, part.global_value)
         used = probs
-        if options.dropout_p > 0.0:
-            kept = options.kept(probs, shape.scratch, generator)
+        if options.dropout.p > 0.0:
+            kept = options.dropout.kept(probs, shape.scratch, generator)
             torch.mul(local, kept[:, :, : shape.span], out=probs_grad[:, :, : shape.span])
             probs_grad[:, :, shape.span :] *= kept[:, :, shape.span :]
             used = kept.mul_(probs)
@@ -256,18 +231,18 @@ class _WindowAttention(torch.autograd.Function):
         saved, options = _Saved(*args[:-1]), args[-1]
         batch, heads, length, width = saved.query.shape
         shape = WindowBlocks(length, options.window, saved.dtype)
-        chunk_bytes = _CHUNK_BYTES * torch.get_num_threads()
+        chunk_bytes = CHUNK_BYTES * torch.get_num_threads()
         result = saved.query.new_empty(batch, length, heads, width).transpose(1, 2)
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = options.dropout.generator()
         with torch.autocast("cpu", enabled=False):
             step, parts = _parts(shape, saved, options.scale, chunk_bytes)
             for part in parts:
                 for blocks in part.chunks(step):
                     probs = part.probs(blocks)
-                    if options.dropout_p > 0.0:
-                        probs.mul_(options.kept(probs, shape.scratch, generator))
+                    if options.dropout.p > 0.0:
+                        probs.mul_(options.dropout.kept(probs, shape.scratch, generator))
                     mixed = part.mix(probs, shape.windows("values", part.value_rows, blocks), part.global_value)
-                    part.write(result, mixed.div_(options.keep_share), blocks)
+                    part.write(result, mixed.div_(options.dropout.keep_share), blocks)
         ctx.save_for_backward(*saved[:4], *(saved.global_tokens or ()))
         ctx.options = (options, chunk_bytes)
         return result
@@ -280,7 +255,7 @@ class _WindowAttention(torch.autograd.Function):
         options, chunk_bytes = ctx.options
         shape = WindowBlocks(saved.query.shape[2], options.window, saved.dtype)
         grads = [torch.empty_like(x) for x in saved[:3]]
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = options.dropout.generator()
         with torch.autocast("cpu", enabled=False):
             step, parts = _parts(shape, saved, options.scale, chunk_bytes)
             for part in parts:

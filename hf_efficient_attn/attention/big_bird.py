@@ -1,0 +1,122 @@
+"""BigBird: blocks with a window, global and random blocks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..functional import (
+    big_bird_attention,
+    count_blocks,
+    dense_attention,
+    dense_big_bird_attention,
+    pick_random_blocks,
+    random_draws,
+    softmax_attention,
+)
+from .base import SelfAttention
+
+
+ATTENTION_TYPES = ("block_sparse", "original_full")
+
+
+@dataclass(kw_only=True)
+class BigBirdOptions:
+    """Options of BigBird attention; defaults of the published base model (internal form, ITC).
+
+    The extended form (ETC) of the paper's base model is `block_size=84, num_random_blocks=0, num_global_tokens=256,
+    global_ends=False`.
+
+    Args:
+        attention_type: `"block_sparse"`, or `"original_full"` for full softmax attention.
+        block_size: tokens of a block.
+        num_random_blocks: random blocks that each block attends.
+        random_seed: random blocks are a pure function of it, the layer, the head and an example's number of blocks.
+        num_global_tokens: tokens at the start of each example that attend everything and are attended by everything;
+            in the text models of this package learned ones, added in front of the text.
+        global_ends: the first and the last block of each example do so too.
+    """
+
+    attention_type: str = "block_sparse"
+    block_size: int = 64
+    num_random_blocks: int = 3
+    random_seed: int = 0
+    num_global_tokens: int = 0
+    global_ends: bool = True
+
+    def check_options(self) -> None:
+        """Raises `ValueError` for a value that breaks a rule."""
+        if self.attention_type not in ATTENTION_TYPES:
+            raise ValueError(f"attention_type = {self.attention_type!r}: choose one of {', '.join(ATTENTION_TYPES)}.")
+        if self.block_size < 1:
+            raise ValueError(f"block_size = {self.block_size}: a block has 1 token or more.")
+        for name in ("num_random_blocks", "num_global_tokens", "random_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more.")
+        if self.attention_type == "original_full" and self.num_global_tokens > 0:
+            raise ValueError(
+                f"num_global_tokens = {self.num_global_tokens} with attention_type = 'original_full': every token is "
+                "global there already; set num_global_tokens = 0, or attention_type = 'block_sparse'."
+            )
+
+
+class BigBirdSelfAttention(SelfAttention):
+    """BigBird self-attention (Zaheer et al. 2020, arXiv 2007.14062).
+
+    A block attends itself, its two neighbours, random blocks, and the global ones: the first and last block of the text
+    (ITC), or global tokens in front of it (ETC). All rules go by an example's own tokens. There is no causal form: the
+    paper's decoder has full attention.
+    """
+
+    options_class = BigBirdOptions
+
+    def random_blocks(self, text_blocks: Tensor, rows: int) -> Tensor:
+        """This layer's random blocks for examples of `text_blocks` `[batch]` blocks: `[batch, heads, rows, count]`."""
+        options = self.options
+        shape = (self.num_attention_heads, rows, options.num_random_blocks)
+        draws = random_draws(options.random_seed, self.layer_idx, *shape, device=text_blocks.device)
+        return pick_random_blocks(draws, text_blocks, ends_are_global=options.global_ends)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        dropout_p: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `SelfAttention.attend`."""
+        if self.options.attention_type == "original_full":
+            return self._attend_fully(query, key, value, key_padding_mask, dropout_p, backend)
+        length, size = query.shape[2], self.options.block_size
+        text_length = torch.sym_max(1, length - self.options.num_global_tokens)
+        if key_padding_mask is None:
+            tokens = torch.full((1,), text_length, device=query.device)
+        else:
+            tokens = key_padding_mask.sum(dim=1) - self.options.num_global_tokens
+        text_blocks = (tokens.clamp(min=0) + size - 1) // size
+        pattern = {
+            "block_size": size,
+            "random_blocks": self.random_blocks(text_blocks, count_blocks(text_length, size)),
+            "num_global": self.options.num_global_tokens,
+            "global_ends": self.options.global_ends,
+        }
+        if backend == "eager":
+            mixed, weights = dense_big_bird_attention(
+                query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern
+            )
+            return self.merge(mixed), weights
+        mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern)
+        return self.merge(mixed), None
+
+    def _attend_fully(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
+        if backend == "sdpa":
+            return self.merge(softmax_attention(query, key, value, mask, dropout_p=dropout_p)), None
+        allowed = None if mask is None else mask[:, None, None, :] & mask[:, None, :, None]
+        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
+        return self.merge(mixed), weights

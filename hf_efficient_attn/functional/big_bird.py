@@ -1,0 +1,221 @@
+"""BigBird: window, global and random blocks, with global blocks inside the text or global tokens before it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .block_cpu import cpu_block_attention
+from .block_layout import BlockLayout, block_layout
+from .dense import dense_attention
+from .inputs import check_qkv, masked_bias, zero_padding
+from .tokens import TokenSlots, gather_tokens, replace_tokens
+
+
+def big_bird_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    block_size: int,
+    random_blocks: Tensor,
+    num_global: int = 0,
+    global_ends: bool = True,
+) -> Tensor:
+    """Softmax attention over blocks: a query's own block, its two neighbours, global and random ones, in one softmax.
+
+    Blocks hold `block_size` tokens of an example in their order, padding left out; the last one may hold fewer. With
+    `global_ends` (internal form, ITC) the first and the last block attend everything and everything attends them. The
+    first `num_global` tokens of each example (extended form, ETC) do so too; they are in no block. A block that
+    `random_blocks` names counts as often as it is named, and besides window and global blocks.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`.
+        key_padding_mask: `[batch, length]` bool, True = attend.
+        scale: factor of the scores, `head_dim ** -0.5` by default.
+        dropout_p: dropout of the probabilities.
+        block_size: tokens of a block, 1 or more.
+        random_blocks: int64 `[batch or 1, heads, rows, count]`, the blocks that each block attends besides; -1 for none
+            (`pick_random_blocks`). Rows of blocks that attend everything, or do not exist, do not count.
+        num_global: global tokens at the start of each example, 0 or more.
+        global_ends: the first and the last block are global.
+
+    Returns:
+        `[batch, heads, length, head_dim]`, 0 at padding.
+
+    Raises:
+        ValueError: shapes that do not fit, a block size below 1, fewer rows than the text has blocks.
+
+    Zaheer et al. 2020, arXiv 2007.14062. Time O(length * block_size * (5 + count)), memory the same or, on a CPU,
+    O(length). The paper's released plan draws nearly all random blocks from the first 1,024 tokens and may name a
+    block twice; `pick_random_blocks` draws from the whole text and never doubles.
+    """
+    check_qkv(query, key, value, key_padding_mask)
+    layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
+    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
+    lists = _key_blocks(layout, random_blocks, global_ends)
+    options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
+    if query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+        mixed = cpu_block_attention(query, key, value, layout, lists, **options)
+    else:
+        mixed = _gathered(query, key, value, layout, lists, **options)
+    tokens = layout.global_rows(num_global, global_ends)
+    tokens = TokenSlots(*(x.expand(query.shape[0], -1) for x in tokens))
+    rows = _global_rows(query, key, value, key_padding_mask, tokens, **options)
+    return zero_padding(replace_tokens(mixed, rows, tokens), key_padding_mask)
+
+
+def big_bird_counts(
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    block_size: int,
+    random_blocks: Tensor,
+    num_global: int = 0,
+    global_ends: bool = True,
+) -> Tensor:
+    """How often `big_bird_attention` counts a key for a query: int64 `[batch or 1, heads, length, length]`.
+
+    Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
+    """
+    layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
+    lists = _key_blocks(layout, random_blocks, global_ends)
+    blocks = layout.global_blocks + layout.rows
+    # One block more than there is takes the empty entries; it is cut off again.
+    counts = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.long, device=query.device)
+    entries = torch.where(lists >= 0, lists, blocks)
+    counts = counts.scatter_add(3, entries, torch.ones_like(entries))[..., :blocks]
+    block = layout.place // block_size
+    batch = max(block.shape[0], counts.shape[0])
+    block, counts = block.expand(batch, -1), counts.expand(batch, -1, -1, -1)
+    row = (block - layout.global_blocks).clamp(min=0)[:, None, :, None]
+    by_query = counts.gather(2, row.expand(-1, counts.shape[1], -1, blocks))
+    pairs = by_query.gather(3, block[:, None, None, :].expand(-1, counts.shape[1], block.shape[1], -1))
+    pairs = torch.where(layout.global_rows(num_global, global_ends).mask[:, None, :, None], 1, pairs)
+    if key_padding_mask is not None:
+        pairs = pairs * (key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None])
+    return pairs
+
+
+def _layout(
+    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
+) -> BlockLayout:
+    batch, heads, length, _ = query.shape
+    if block_size < 1:
+        raise ValueError(f"block_size = {block_size}: a block has 1 token or more.")
+    if num_global < 0:
+        raise ValueError(f"num_global = {num_global}: the number of global tokens must be 0 or more.")
+    if random_blocks.dim() != 4 or random_blocks.shape[1] != heads or random_blocks.shape[0] not in (1, batch):
+        raise ValueError(
+            f"random_blocks must be [batch or 1, heads, rows, count] with {heads} heads, got shape "
+            f"{list(random_blocks.shape)}."
+        )
+    rows = random_blocks.shape[2]
+    if not torch.compiler.is_compiling() and rows * block_size < length - num_global:
+        raise ValueError(
+            f"random_blocks has {rows} rows, but {length - num_global} tokens in blocks of {block_size} need "
+            f"{-(-(length - num_global) // block_size)}; fill up with rows of -1."
+        )
+    return block_layout(key_padding_mask, length, block_size, rows, num_global, query.device)
+
+
+def _key_blocks(layout: BlockLayout, random_blocks: Tensor, global_ends: bool) -> Tensor:
+    """The blocks of places that each text block attends: `[batch or 1, heads, rows, entries]`, -1 for none."""
+    device, total = random_blocks.device, layout.text_blocks[:, None]
+    row = torch.arange(layout.rows, device=device)[None]
+    last = total - 1
+    entries = [row - 1, row, row + 1]
+    if global_ends:
+        entries = [torch.where((x > 0) & (x < last), x, -1) for x in entries]
+        entries += [torch.zeros_like(row), torch.where(last > 0, last, -1)]
+    else:
+        entries = [torch.where(x <= last, x, -1) for x in entries]
+    batch = max(total.shape[0], random_blocks.shape[0])
+    near = torch.stack([x.expand(batch, layout.rows) for x in entries], dim=-1)[:, None]
+    lists = torch.cat([near.expand(-1, random_blocks.shape[1], -1, -1), random_blocks.expand(batch, -1, -1, -1)], dim=3)
+    lists = torch.where(lists >= 0, lists + layout.global_blocks, -1)
+    if layout.global_blocks == 0:
+        return lists
+    front = torch.arange(layout.global_blocks, device=device).expand(*lists.shape[:3], -1)
+    return torch.cat([front, lists], dim=3)
+
+
+def _global_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    tokens: TokenSlots,
+    *,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Rows of the tokens that attend everything: `[batch, heads, slots, head_dim]`."""
+    bias = None if key_padding_mask is None else masked_bias(key_padding_mask[:, None, None, :], query.dtype)
+    rows = gather_tokens(query, tokens.index)
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    lists: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """All blocks at once, each against a copy of its keys. Gathered by position: no shape depends on divisibility."""
+    batch, heads, _, width = query.shape
+    size, device = layout.size, query.device
+    # Every head of every example is one here, found by number: to fold expanded tensors would fix the order of strides.
+    number = torch.arange(batch * heads, device=device)
+    lists = lists.expand(batch, -1, -1, -1)[number // heads, number % heads]
+    example = (number // heads)[:, None, None]
+    source, used = (x.expand(batch, -1) for x in (layout.source, layout.used))
+    offset = torch.arange(size, device=device)
+    query_place = (torch.arange(layout.rows, device=device) + layout.global_blocks)[:, None] * size + offset
+    query_row = source[example, query_place[None]]
+    key_place = (lists.clamp(min=0)[..., None] * size + offset).flatten(2)
+    key_row = source[example, key_place]
+    listed = (lists >= 0)[..., None].expand(*lists.shape, size).flatten(2)
+    bias = masked_bias(used[example, key_place] & listed, query.dtype)[:, :, None]
+
+    def gather(tensor: Tensor, rows: Tensor) -> Tensor:
+        return tensor.flatten(0, 1)[number[:, None, None], rows]
+
+    mixed = F.scaled_dot_product_attention(
+        gather(query, query_row),
+        gather(key, key_row),
+        gather(value, key_row),
+        attn_mask=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    table = mixed.reshape(batch, heads, layout.rows * size, width)
+    row = (layout.place - layout.global_blocks * size).clamp(min=0).expand(batch, -1)
+    return gather_tokens(table, row)
+
+
+def dense_big_bird_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    **pattern: object,
+) -> tuple[Tensor, Tensor]:
+    """`big_bird_attention` with the whole matrix in memory; also returns the probabilities before dropout.
+
+    `pattern` is what `big_bird_counts` takes. Time and memory O(length^2).
+    """
+    counts = big_bird_counts(query, key_padding_mask, **pattern)
+    weight = counts.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
+    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
+    mixed, weights = dense_attention(query, key, value, counts > 0, bias=weight, scale=scale, dropout_p=dropout_p)
+    return zero_padding(mixed, key_padding_mask), weights

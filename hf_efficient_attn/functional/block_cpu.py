@@ -1,0 +1,244 @@
+"""Attention of blocks over lists of blocks on a CPU, with a backward pass that computes probabilities again.
+
+The same function as the gathered form in `big_bird.py`, in eager mode. Keys and values are copied for a few blocks of
+queries at a time, into memory that is used again, and no probabilities are kept.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .block_layout import BlockLayout
+from .inputs import masked_bias
+from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
+
+
+def cpu_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, lists: Tensor, *, scale: float, dropout_p: float
+) -> Tensor:
+    """Each text block of `layout` over the blocks that `lists` names, in one softmax.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`.
+        layout: where the tokens stand.
+        lists: int64 `[batch or 1, heads, rows, entries]`, blocks of places; -1 for none, at most one entry of each.
+        scale: factor of the scores.
+        dropout_p: dropout of the probabilities, below 1.
+
+    Returns:
+        As `query`; rows of padding, of global tokens and of empty lists are unspecified but finite.
+    """
+    return _BlockAttention.apply(query, key, value, lists, layout, scale, draw_replay(dropout_p))
+
+
+class _Blocks:
+    """Tensors of some heads of some examples, moved to their places and back."""
+
+    def __init__(self, layout: BlockLayout, dtype: torch.dtype, scratch: Scratch) -> None:
+        self.layout, self.dtype, self.scratch = layout, dtype, scratch
+        self.places = layout.source.shape[1]
+        self.blocks = self.places // layout.size
+
+    def to_places(self, name: str, tensor: Tensor, examples: slice) -> Tensor:
+        """`[examples, heads, length, d]` -> `[examples * heads * blocks, size * d]` in scratch memory.
+
+        What stands at places without a token is unspecified but finite.
+        """
+        count, heads, length, width = tensor.shape
+        places = self.scratch.take(name, (count, heads, self.places, width), self.dtype)
+        if self.layout.is_plain:
+            places[:, :, :length] = tensor
+            places[:, :, length:] = 0.0
+        else:
+            for part, target, source in zip(tensor, places, self._of(self.layout.source, examples), strict=False):
+                target.copy_(part.index_select(1, source))
+        return places.view(count * heads * self.blocks, self.layout.size * width)
+
+    def from_places(self, target: Tensor, places: Tensor, examples: slice) -> None:
+        """The way back, into `target` `[examples, heads, length, d]`; padding gets what stands at place 0."""
+        count, heads, length, width = target.shape
+        places = places.view(count, heads, self.places, width)
+        if self.layout.is_plain:
+            target.copy_(places[:, :, :length])
+        else:
+            for into, part, place in zip(target, places, self._of(self.layout.place, examples), strict=False):
+                into.copy_(part.index_select(1, place))
+
+    @staticmethod
+    def _of(numbers: Tensor, examples: slice) -> Tensor:
+        return numbers.expand(examples.stop, -1)[examples] if numbers.shape[0] == 1 else numbers[examples]
+
+
+class _Chunk(NamedTuple):
+    """Some blocks of queries: which ones, the blocks they attend, and what must not be attended."""
+
+    rows: Tensor
+    entries: Tensor
+    bias: Tensor | None
+
+
+class _Part:
+    """Some heads of some examples, with their keys and values at their places."""
+
+    def __init__(
+        self,
+        blocks: _Blocks,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        lists: Tensor,
+        where: tuple[slice, slice],
+        scale: float,
+    ) -> None:
+        self.blocks, self.where, self.scale = blocks, where, scale
+        self.size, self.width = blocks.layout.size, tensors[0].shape[-1]
+        self.key, self.value, self.query = (
+            blocks.to_places(name, tensor[where], where[0])
+            for name, tensor in zip(("key", "value", "query"), (tensors[1], tensors[2], tensors[0]), strict=True)
+        )
+        self.query.mul_(scale)
+        # Numbers of blocks among those of all heads and examples at hand.
+        lists = lists if lists.shape[0] == 1 else lists[where[0]]
+        lists = lists[:, where[1]].expand(where[0].stop - where[0].start, -1, -1, -1)
+        self.heads = lists.shape[0] * lists.shape[1]
+        first = torch.arange(self.heads, device="cpu").view(*lists.shape[:2], 1, 1) * blocks.blocks
+        empty = lists < 0
+        self.lists = (lists.clamp(min=0) + first).flatten(0, 2)
+        text = torch.arange(lists.shape[2], device="cpu") + blocks.layout.global_blocks
+        self.rows = (text + first[..., 0]).flatten()
+        used = blocks.layout.used.view(blocks.layout.used.shape[0], -1, self.size)
+        used = (used if used.shape[0] == 1 else used[where[0]])[:, None].expand(*lists.shape[:2], -1, -1).flatten(0, 2)
+        self.used, self.empty = used, empty.flatten(0, 2)
+        partial = ~used.all(dim=1)
+        self.masked = (self.empty | partial[self.lists]).any(dim=1)
+
+    def chunks(self, step: int) -> Iterator[_Chunk]:
+        """At most `step` blocks of queries at a time."""
+        masked = self.masked.tolist()
+        for start in range(0, self.rows.shape[0], step):
+            some = slice(start, start + step)
+            bias = None
+            if any(masked[some]):
+                seen = self.used[self.lists[some]] & ~self.empty[some][..., None]
+                bias = masked_bias(seen.flatten(1)[:, None], self.blocks.dtype)
+            yield _Chunk(self.rows[some], self.lists[some].flatten(), bias)
+
+    def of(self, name: str, places: Tensor, numbers: Tensor, entries: int = 1) -> Tensor:
+        """Copies of blocks: `[len(numbers) / entries, entries * size, d]` in scratch memory."""
+        copies = self.blocks.scratch.take(name, (numbers.shape[0], places.shape[1]), places.dtype)
+        torch.index_select(places, 0, numbers, out=copies)
+        return copies.view(numbers.shape[0] // entries, entries * self.size, self.width)
+
+    def probs(self, chunk: _Chunk) -> Tensor:
+        """`[rows, size, entries * size]`."""
+        entries = chunk.entries.shape[0] // chunk.rows.shape[0]
+        query = self.of("queries", self.query, chunk.rows)
+        keys = self.of("keys", self.key, chunk.entries, entries)
+        scores = self.take("scores", query.shape[0], self.size, keys.shape[1])
+        torch.bmm(query, keys.transpose(1, 2), out=scores)
+        if chunk.bias is not None:
+            scores += chunk.bias
+        return torch.ops.aten._softmax.out(scores, -1, False, out=self.take("probs", *scores.shape))
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Scratch memory."""
+        return self.blocks.scratch.take(name, shape, self.blocks.dtype)
+
+
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, lists: Tensor, layout: BlockLayout, scale: float
+) -> tuple[int, Iterator[_Part]]:
+    """Blocks of queries at a time, and the parts: as many heads and examples as one chunk holds, at least one head."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch, heads = query.shape[:2]
+    rows = max(1, lists.shape[2])
+    # Keys and values are copied beside the scores.
+    block_bytes = layout.size * max(1, lists.shape[3]) * (layout.size + 2 * query.shape[3]) * dtype.itemsize
+    step = max(1, CHUNK_BYTES * torch.get_num_threads() // block_bytes)
+    head_step = max(1, min(heads, step // rows))
+    batch_step = max(1, min(batch, step // (rows * heads)))
+
+    def parts() -> Iterator[_Part]:
+        blocks = _Blocks(layout, dtype, Scratch())
+        for start in range(0, batch, batch_step):
+            examples = slice(start, min(start + batch_step, batch))
+            for head in range(0, heads, head_step):
+                where = (examples, slice(head, min(head + head_step, heads)))
+                yield _Part(blocks, (query, key, value), lists, where, scale)
+
+    return step, parts()
+
+
+def _write_gradients(
+    part: _Part, grad: Tensor, grads: list[Tensor], step: int, dropout: DropoutReplay, generator: torch.Generator
+) -> None:
+    """Write the part's share of the gradients of query, key and value."""
+    blocks, examples = part.blocks, part.where[0]
+    result_grad = blocks.to_places("result_grad", grad[part.where], examples).div_(dropout.keep_share)
+    # What stands at places without a token is a copy of some token's.
+    result_grad.view(-1, part.width).masked_fill_(~part.used.reshape(-1, 1), 0.0)
+    totals = [part.take(f"grad {name}", *part.key.shape).zero_() for name in ("query", "key", "value")]
+    for chunk in part.chunks(step):
+        entries = chunk.entries.shape[0] // chunk.rows.shape[0]
+        probs = part.probs(chunk)
+        above = part.of("above", result_grad, chunk.rows)
+        values = part.of("values", part.value, chunk.entries, entries)
+        probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("probs_grad", *probs.shape))
+        used = probs
+        if dropout.p > 0.0:
+            kept = dropout.kept(probs, blocks.scratch, generator)
+            probs_grad.mul_(kept)
+            used = kept.mul_(probs)
+        copies = part.take("copies", *values.shape)
+        torch.bmm(used.transpose(1, 2), above, out=copies)
+        totals[2].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
+        scores_grad = part.take("scores_grad", *probs.shape)
+        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, blocks.dtype, grad_input=scores_grad)
+        torch.bmm(scores_grad.transpose(1, 2), part.of("queries", part.query, chunk.rows), out=copies)
+        totals[1].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
+        keys = part.of("keys", part.key, chunk.entries, entries)
+        query_grad = torch.bmm(scores_grad, keys, out=part.take("query_grad", *above.shape)).mul_(part.scale)
+        totals[0].index_copy_(0, chunk.rows, query_grad.view(chunk.rows.shape[0], -1))
+    for target, total in zip(grads, totals, strict=True):
+        blocks.from_places(target[part.where], total, examples)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Blocks over lists of blocks, with dropout of the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        query, key, value, lists, layout, scale, dropout = args
+        batch, heads, length, width = query.shape
+        result = query.new_empty(batch, length, heads, width).transpose(1, 2)
+        generator = dropout.generator()
+        with torch.autocast("cpu", enabled=False):
+            step, parts = _parts(query, key, value, lists, layout, scale)
+            for part in parts:
+                mixed = part.take("mixed", *part.key.shape).zero_()
+                for chunk in part.chunks(step):
+                    probs = part.probs(chunk)
+                    if dropout.p > 0.0:
+                        probs.mul_(dropout.kept(probs, part.blocks.scratch, generator))
+                    values = part.of("values", part.value, chunk.entries, chunk.entries.shape[0] // probs.shape[0])
+                    rows = torch.bmm(probs, values, out=part.take("rows", *probs.shape[:2], width))
+                    mixed.index_copy_(0, chunk.rows, rows.div_(dropout.keep_share).view(chunk.rows.shape[0], -1))
+                part.blocks.from_places(result[part.where], mixed, part.where[0])
+        ctx.save_for_backward(query, key, value, lists, layout.source, layout.used, layout.place, layout.text_blocks)
+        ctx.options = (layout.size, layout.global_blocks, layout.is_plain, scale, dropout)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, lists, *parts_of_layout = ctx.saved_tensors
+        size, global_blocks, is_plain, scale, dropout = ctx.options
+        layout = BlockLayout(size, global_blocks, *parts_of_layout, is_plain)
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        generator = dropout.generator()
+        with torch.autocast("cpu", enabled=False):
+            step, parts = _parts(query, key, value, lists, layout, scale)
+            for part in parts:
+                _write_gradients(part, grad, grads, step, dropout, generator)
+        return (*grads, None, None, None, None)

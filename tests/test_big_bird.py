@@ -1,0 +1,214 @@
+"""What is BigBird's own: random blocks, the extended form, and options that are refused."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, tiny_config
+from oracles import random_choice
+from torch.testing import assert_close
+
+from hf_efficient_attn import EffBigBirdConfig, EffBigBirdModel
+from hf_efficient_attn.functional import big_bird_attention, block_cpu, pick_random_blocks, random_draws
+
+
+CPU = torch.device("cpu")
+
+
+def build(auto: str = "AutoModel", **overrides: Any) -> Any:
+    return randomise_(model_class("eff_big_bird", auto)(tiny_config("eff_big_bird", **overrides)))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_random_blocks_are_those_of_the_reference_for_every_count(ends: bool) -> None:
+    draws = random_draws(3, 1, 2, 12, 4, CPU)
+    counts = torch.arange(13)
+    found = pick_random_blocks(draws, counts, ends_are_global=ends)
+    assert found.shape == (13, 2, 12, 4)
+    for blocks, head, row in itertools.product(range(13), range(2), range(12)):
+        attends_all = row in (0, blocks - 1) if ends else False
+        right = [] if row >= blocks or attends_all else random_choice(draws[head, row], row, blocks, ends)
+        assert found[blocks, head, row].tolist() == right + [-1] * (4 - len(right))
+
+
+def test_random_blocks_are_never_attended_anyway_and_differ() -> None:
+    found = pick_random_blocks(random_draws(0, 0, 4, 40, 3, CPU), torch.tensor([40]), ends_are_global=True)[0]
+    for head, row in itertools.product(range(4), range(1, 39)):
+        picked = found[head, row].tolist()
+        assert len(set(picked)) == 3 and not set(picked) & {0, row - 1, row, row + 1, 39}
+    assert not torch.equal(found[0], found[1]), "each head has its own"
+
+
+def test_every_free_block_is_equally_likely() -> None:
+    """Chi-square over the pairs that row 5 of 12 draws, in 4,000 heads; 21 pairs of 7 free blocks."""
+    found = pick_random_blocks(random_draws(7, 2, 4000, 12, 2, CPU), torch.tensor([12]), ends_are_global=True)
+    pairs = Counter(tuple(sorted(x)) for x in found[0, :, 5].tolist())
+    expected = 4000 / 21
+    assert set(itertools.chain(*pairs)) == {1, 2, 3, 7, 8, 9, 10} and len(pairs) == 21
+    # The 99.99 % point of chi-square with 20 degrees of freedom.
+    assert sum((count - expected) ** 2 / expected for count in pairs.values()) < 52.4
+
+
+def test_draws_depend_on_seed_layer_and_place_alone() -> None:
+    numbers = random_draws(5, 3, 4, 10, 3, CPU)
+    assert torch.equal(random_draws(5, 3, 8, 30, 3, CPU)[:4, :10], numbers)
+    assert numbers.min() >= 0 and numbers.max() < 2**32
+    for other in (random_draws(6, 3, 4, 10, 3, CPU), random_draws(5, 4, 4, 10, 3, CPU)):
+        assert (numbers != other).float().mean() > 0.99
+    bits = random_draws(0, 0, 100, 100, 4, CPU).flatten()[:, None] >> torch.arange(32) & 1
+    assert ((bits.double().mean(0) - 0.5).abs() < 0.02).all(), "every bit is 1 half of the time"
+
+
+def test_no_generator_is_touched_and_train_is_eval() -> None:
+    model = build()
+    ids = random_ids(2, 100)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    with torch.no_grad():
+        evaluated, trained = model(ids)[0], model.train()(ids)[0]
+    assert torch.equal(evaluated, trained)
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    with torch.no_grad():
+        other = build(random_seed=1)(ids)[0]
+    assert not torch.allclose(other, evaluated), "the seed chooses"
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_blocks_that_are_listed_twice_count_twice(count: int) -> None:
+    query, key, value = torch.randn(3, 1, 1, 12, 4, dtype=torch.float64)
+    options = {"block_size": 2, "global_ends": False}
+    lists = torch.full((1, 1, 6, count), -1)
+    lists[0, 0, 0] = 4  # the first block attends blocks 0 and 1, and block 4 `count` times
+    mixed = big_bird_attention(query, key, value, random_blocks=lists, **options)
+    scores = query[0, 0, 0] @ key[0, 0].T / 2
+    weights = scores.exp() * torch.tensor([1.0] * 4 + [0.0] * 4 + [count] * 2 + [0.0] * 2)
+    assert_close(mixed[0, 0, 0], weights @ value[0, 0] / weights.sum())
+
+
+@pytest.mark.parametrize("chunk", [1, 10**5, 10**9])
+def test_size_of_the_chunks_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block at a time, several, or several examples."""
+    model = build()
+    ids, keep = random_ids(4, 70), mask_of([70, 33, 1, 64], 70, "left")
+    right = model(ids, keep)[0]
+    right.square().sum().backward()
+    expected = [x.grad.clone() for x in model.parameters() if x.grad is not None]
+    model.zero_grad()
+    monkeypatch.setattr(block_cpu, "CHUNK_BYTES", chunk)
+    found = model(ids, keep)[0]
+    assert_close(found, right)
+    found.square().sum().backward()
+    for a, b in zip([x.grad for x in model.parameters() if x.grad is not None], expected, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+EXTENDED = {"num_global_tokens": 5, "global_ends": False, "num_random_blocks": 0}
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_extended_form_is_alone_as_batched(backend: str, side: str) -> None:
+    model = build(**EXTENDED, attn_implementation=backend)
+    lengths = [70, 33, 1]
+    ids, keep = random_ids(3, 70), mask_of(lengths, 70, side)
+    with torch.no_grad():
+        batched = model(ids, keep, output_hidden_states=True)
+        assert all(x.shape == (3, 70, 32) for x in batched.hidden_states)
+        assert torch.equal(batched.hidden_states[-1], batched.last_hidden_state)
+        for row in range(3):
+            own = keep[row].bool()
+            alone = model(ids[row : row + 1, own]).last_hidden_state[0]
+            assert_close(batched.last_hidden_state[row, own], alone, rtol=1e-5, atol=2e-5)
+
+
+def test_extended_form_lets_the_ends_see_each_other() -> None:
+    """Through a global token in two layers, which a window alone does not reach in ten."""
+    for options, reaches in ((EXTENDED, True), ({**EXTENDED, "num_global_tokens": 0}, False)):
+        model = build(**options, max_position_embeddings=200)
+        embedded = model.get_input_embeddings()(random_ids(1, 200)).detach().requires_grad_()
+        model(inputs_embeds=embedded).last_hidden_state[0, 0].sum().backward()
+        assert (embedded.grad[0, -1].abs().max() > 0) == reaches
+
+
+def test_extended_form_saves_trains_compiles_and_gives_weights(tmp_path: Any) -> None:
+    model = build("AutoModelForSequenceClassification", **EXTENDED)
+    ids, keep = random_ids(3, 41), mask_of([41, 30, 9], 41)
+    outputs = model(ids, keep, labels=torch.tensor([0, 1, 0]))
+    outputs.loss.backward()
+    grads = dict(model.named_parameters())
+    assert all(x.grad is not None for x in grads.values())
+    assert grads["bert.global_embeddings.weight"].grad.abs().max() > 0
+    model.save_pretrained(tmp_path)
+    with no_warnings():
+        again = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        found = again(ids, keep, output_attentions=True)
+        assert_close(found.logits, outputs.logits, rtol=1e-5, atol=1e-5)
+        assert all(x.shape == (3, 4, 46, 46) for x in found.attentions), "global tokens come first"
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(ids, keep).logits, outputs.logits, rtol=1e-5, atol=1e-5)
+        states = model.base_model(ids, keep, return_dict=False)
+        assert isinstance(states, tuple) and states[0].shape == (3, 41, 32)
+
+
+def test_a_text_of_few_blocks_is_full_attention() -> None:
+    sparse, full = build(), build(attention_type="original_full")
+    with torch.no_grad():
+        for length, equal in ((24, True), (100, False)):
+            ids = random_ids(2, length)
+            assert torch.allclose(sparse(ids)[0], full(ids)[0], atol=1e-5) == equal
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "type": ({"attention_type": "sparse"}, "attention_type = 'sparse'.*block_sparse, original_full"),
+    "size": ({"block_size": 0}, "block_size = 0.*1 token or more"),
+    "random": ({"num_random_blocks": -1}, "num_random_blocks = -1.*0 or more"),
+    "global": ({"num_global_tokens": -2}, "num_global_tokens = -2.*0 or more"),
+    "seed": ({"random_seed": -3}, "random_seed = -3.*0 or more"),
+    "both": (
+        {"attention_type": "original_full", "num_global_tokens": 4},
+        "num_global_tokens = 4.*already",
+    ),
+    "causal": ({"is_decoder": True}, "is_decoder = True.*no causal form"),
+    "misspelt": ({"blok_size": 8}, "did you mean 'block_size'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_options_are_refused(name: str) -> None:
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        EffBigBirdConfig(**options)
+    if name == "misspelt":
+        return
+    config = tiny_config("eff_big_bird")
+    for field, value in options.items():
+        setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        EffBigBirdModel(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size = 0"),
+        ({"num_global": -1}, "num_global = -1"),
+        ({"random_blocks": torch.zeros(1, 2, 5, 1).long()}, r"with 4 heads, got shape \[1, 2, 5, 1\]"),
+        ({"random_blocks": torch.zeros(1, 4, 4, 1).long()}, "has 4 rows, but 9 tokens in blocks of 2 need 5"),
+    ],
+    ids=["block size", "global tokens", "heads", "rows"],
+)
+def test_wrong_arguments_of_the_formula_are_refused(options: dict[str, Any], message: str) -> None:
+    tensors = torch.randn(3, 2, 4, 9, 8)
+    good = {"block_size": 2, "random_blocks": torch.zeros(1, 4, 5, 1).long()}
+    assert big_bird_attention(*tensors, **good).shape == (2, 4, 9, 8)
+    with pytest.raises(ValueError, match=message):
+        big_bird_attention(*tensors, **{**good, **options})
+
+
+def test_global_attention_mask_is_refused() -> None:
+    ids = random_ids(1, 9)
+    with pytest.raises(ValueError, match="no global tokens"):
+        build()(ids, global_attention_mask=torch.ones_like(ids))
