@@ -55,7 +55,8 @@ def performer_attention(
 
     Choromanski et al. 2020, arXiv 2009.14794. Time O(length * features * head_dim), memory O(length * features). On a
     CPU in eager mode the bidirectional form keeps only O(length * head_dim) for the backward pass. The causal form
-    in a graph combines the sums of its chunks in pairs: (length / 128)^2 * features * head_dim on top.
+    goes from 1,024 tokens to the next in eager mode; in a graph it combines the sums of all its chunks in pairs:
+    (length / 128)^2 * features * head_dim multiply-adds on top.
     """
     check_qkv(query, key, value, key_padding_mask, last_queries=causal)
     features = make_feature_map(query, projection, kernel, scale)

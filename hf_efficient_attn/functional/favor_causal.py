@@ -1,5 +1,6 @@
 """The causal form of FAVOR+: prefix sums over chunks of positions, and the state with which a text goes on."""
 
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -55,17 +56,12 @@ def causal_sums(
     length = key.shape[2]
     if torch.compiler.is_compiling() or length <= _SEGMENT:
         return _segment(features, query, key, value, keep, state)
+    # Split, not sliced: the gradient of a slice is as long as the whole.
+    pieces = (x.split(_SEGMENT, dim=2) for x in (query, key, value))
+    masks = repeat(None) if keep is None else keep.split(_SEGMENT, dim=1)
     parts = []
-    for start in range(0, length, _SEGMENT):
-        part = slice(start, start + _SEGMENT)
-        rows, state = _segment(
-            features,
-            query[:, :, part],
-            key[:, :, part],
-            value[:, :, part],
-            None if keep is None else keep[:, part],
-            state,
-        )
+    for *piece, own in zip(*pieces, masks, strict=False):
+        rows, state = _segment(features, *piece, own, state)
         parts.append(rows)
     return torch.cat(parts, dim=2), state
 
