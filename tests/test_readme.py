@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise_, tiny_tokenizer
-from transformers import LongformerForMaskedLM, LongformerForQuestionAnswering, NystromformerForMaskedLM
+from transformers import (
+    BertForMaskedLM,
+    BigBirdForMaskedLM,
+    LongformerForMaskedLM,
+    LongformerForQuestionAnswering,
+    NystromformerForMaskedLM,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +31,8 @@ LONGFORMER = {"attention_window": 16, "max_position_embeddings": 4098}
 CHECKPOINTS = {
     "allenai/longformer-base-4096": (LongformerForMaskedLM, LONGFORMER),
     "allenai/longformer-large-4096-finetuned-triviaqa": (LongformerForQuestionAnswering, LONGFORMER),
+    "google/bigbird-roberta-base": (BigBirdForMaskedLM, {"sep_token_id": 2}),
+    "google-bert/bert-base-uncased": (BertForMaskedLM, {}),
     "uw-madison/nystromformer-512": (NystromformerForMaskedLM, {}),
 }
 
