@@ -12,6 +12,7 @@ from hf_efficient_attn.functional import (
     TokenSlots,
     big_bird_attention,
     count_blocks,
+    count_text_blocks,
     nystrom_attention,
     performer_attention,
     pick_random_blocks,
@@ -133,8 +134,7 @@ def _big_bird(
     **kwargs: Any,
 ) -> Tensor:
     length = max(1, key.shape[2] - num_global)
-    counts = torch.full((1,), key.shape[2]) if keep is None else keep.sum(dim=1)
-    text_blocks = ((counts - num_global).clamp(min=0) + block_size - 1) // block_size
+    text_blocks = count_text_blocks(keep, key.shape[2], block_size, num_global, key.device)
     draws = draws[:, : count_blocks(length, block_size)]
     pattern = {
         "block_size": block_size,

@@ -185,6 +185,23 @@ def test_its_folders_load_without_a_warning(name: str, tmp_path: Path) -> None:
         assert torch.equal(a, b), key
 
 
+def test_a_language_model_saved_as_causal(tmp_path: Path) -> None:
+    """transformers' causal class is an encoder by default; as a decoder it has full attention, which ours has not."""
+    fields = {**TINY, "attention_type": "original_full", "sep_token_id": SEP}
+    original = randomise_(transformers.BigBirdForCausalLM(BigBirdConfig(**fields)))
+    original.save_pretrained(tmp_path)
+    cls = model_class("eff_big_bird", "AutoModelForMaskedLM")
+    with no_warnings():
+        ours = cls.from_pretrained(tmp_path)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        assert_close(ours(ids).logits, original(ids).logits, **CLOSE)
+    original.config.is_decoder = True
+    original.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is_decoder = True.*no causal form"):
+        cls.from_pretrained(tmp_path)
+
+
 def test_it_differs_where_the_original_is_wrong(tmp_path: Path) -> None:
     """What ours does not do: stay dense after a short input, move with padding, draw block 0 in evaluation."""
     original, ours = pair("BigBirdModel", tmp_path)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..functional import dense_attention, softmax_attention
+
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -86,6 +88,18 @@ class SelfAttention(nn.Module):
         return self.attend(
             hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context
         )
+
+    def attend_fully(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, dropout_p: float, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Full softmax attention, as `attend` returns it."""
+        if backend == "sdpa":
+            return self.merge(softmax_attention(query, key, value, key_padding_mask, dropout_p=dropout_p)), None
+        allowed = None
+        if key_padding_mask is not None:
+            allowed = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
+        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
+        return self.merge(mixed), weights
 
     def make_cache_layer(self) -> "CacheLayerMixin":
         """An empty cache for this layer; raises `ValueError` where there is no causal form."""

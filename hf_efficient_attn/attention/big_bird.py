@@ -8,11 +8,10 @@ from torch import Tensor
 from ..functional import (
     big_bird_attention,
     count_blocks,
-    dense_attention,
+    count_text_blocks,
     dense_big_bird_attention,
     pick_random_blocks,
     random_draws,
-    softmax_attention,
 )
 from .base import SelfAttention
 
@@ -90,14 +89,10 @@ class BigBirdSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.attend`."""
         if self.options.attention_type == "original_full":
-            return self._attend_fully(query, key, value, key_padding_mask, dropout_p, backend)
+            return self.attend_fully(query, key, value, key_padding_mask, dropout_p, backend)
         length, size = query.shape[2], self.options.block_size
         text_length = torch.sym_max(1, length - self.options.num_global_tokens)
-        if key_padding_mask is None:
-            tokens = torch.full((1,), text_length, device=query.device)
-        else:
-            tokens = key_padding_mask.sum(dim=1) - self.options.num_global_tokens
-        text_blocks = (tokens.clamp(min=0) + size - 1) // size
+        text_blocks = count_text_blocks(key_padding_mask, length, size, self.options.num_global_tokens, query.device)
         pattern = {
             "block_size": size,
             "random_blocks": self.random_blocks(text_blocks, count_blocks(text_length, size)),
@@ -111,12 +106,3 @@ class BigBirdSelfAttention(SelfAttention):
             return self.merge(mixed), weights
         mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern)
         return self.merge(mixed), None
-
-    def _attend_fully(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, backend: str
-    ) -> tuple[Tensor, Tensor | None]:
-        if backend == "sdpa":
-            return self.merge(softmax_attention(query, key, value, mask, dropout_p=dropout_p)), None
-        allowed = None if mask is None else mask[:, None, None, :] & mask[:, None, :, None]
-        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
-        return self.merge(mixed), weights

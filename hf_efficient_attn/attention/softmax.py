@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from ..functional import dense_attention, softmax_attention
 from .base import SelfAttention
 
 
@@ -21,10 +20,4 @@ class SoftmaxSelfAttention(SelfAttention):
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.attend`."""
-        if backend == "sdpa":
-            return self.merge(softmax_attention(query, key, value, key_padding_mask, dropout_p=dropout_p)), None
-        allowed = None
-        if key_padding_mask is not None:
-            allowed = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
-        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
-        return self.merge(mixed), weights
+        return self.attend_fully(query, key, value, key_padding_mask, dropout_p, backend)

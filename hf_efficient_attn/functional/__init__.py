@@ -6,6 +6,7 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 """
 
 from .big_bird import big_bird_attention, dense_big_bird_attention
+from .block_layout import count_text_blocks
 from .dense import dense_attention, softmax_attention
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
@@ -25,6 +26,7 @@ __all__ = [
     "TokenSlots",
     "big_bird_attention",
     "count_blocks",
+    "count_text_blocks",
     "dense_attention",
     "dense_big_bird_attention",
     "dense_nystrom_attention",

@@ -59,6 +59,20 @@ class BlockLayout(NamedTuple):
         return TokenSlots(is_row, torch.where(used, self.source.gather(1, places), 0), used)
 
 
+def count_text_blocks(
+    key_padding_mask: Tensor | None, length: int, size: int, num_global: int, device: torch.device
+) -> Tensor:
+    """Blocks of text of each example, those of the first `num_global` tokens apart: int64 `[batch]`, or `[1]` for all.
+
+    Arguments as in `block_layout`.
+    """
+    if key_padding_mask is None:
+        tokens = torch.full((1,), length, device=device)
+    else:
+        tokens = key_padding_mask.sum(dim=1)
+    return ((tokens - num_global).clamp(min=0) + size - 1) // size
+
+
 def block_layout(
     key_padding_mask: Tensor | None, length: int, size: int, rows: int, num_global: int, device: torch.device
 ) -> BlockLayout:
@@ -71,10 +85,10 @@ def block_layout(
     gap = global_blocks * size - num_global
     token = torch.arange(length, device=device)[None]
     if key_padding_mask is None:
-        rank, valid, count = token, torch.ones_like(token, dtype=torch.bool), torch.full_like(token[:, 0], length)
+        rank, valid = token, torch.ones_like(token, dtype=torch.bool)
     else:
         valid = key_padding_mask
-        rank, count = valid.long().cumsum(dim=1) - 1, valid.sum(dim=1)
+        rank = valid.long().cumsum(dim=1) - 1
     place = torch.where(rank < num_global, rank, rank + gap)
     batch = place.shape[0]
     # One place more than there is takes the padding; it is cut off again.
@@ -83,6 +97,6 @@ def block_layout(
     source = source.scatter(1, target, token.expand(batch, -1))[:, :places]
     used = torch.zeros(batch, places + 1, dtype=torch.bool, device=device)
     used = used.scatter(1, target, valid)[:, :places]
-    text_blocks = ((count - num_global).clamp(min=0) + size - 1) // size
+    text_blocks = count_text_blocks(key_padding_mask, length, size, num_global, device)
     is_plain = key_padding_mask is None and num_global == 0
     return BlockLayout(size, global_blocks, source, used, torch.where(valid, place, 0), text_blocks, is_plain)
