@@ -40,6 +40,18 @@ def test_keeps_nothing_and_writes_over_its_input() -> None:
     assert total.data_ptr() == product.data_ptr() and not saved
 
 
+def test_torch_func_takes_it() -> None:
+    states, rest = (x.detach() for x in inputs())
+
+    def loss(states: Tensor, rest: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return dropout_add(states * 1, rest, 0.25).square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1))(states, rest)
+    wanted = [x.clone().requires_grad_() for x in (states, rest)]
+    torch.testing.assert_close(found, torch.autograd.grad(loss(*wanted), wanted))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 def test_the_ends(dropout_p: float) -> None:
     states, rest = inputs()

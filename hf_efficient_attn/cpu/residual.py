@@ -50,11 +50,16 @@ def _dropped(states: Tensor, residual: Tensor | None, dropout: DropoutReplay, ta
 
 
 class _DropoutAdd(torch.autograd.Function):
+    """In the form that `torch.func` takes as well."""
+
     @staticmethod
-    def forward(ctx: Any, states: Tensor, residual: Tensor, dropout: DropoutReplay) -> Tensor:
-        ctx.mark_dirty(states)
-        ctx.dropout = dropout
+    def forward(states: Tensor, residual: Tensor, dropout: DropoutReplay) -> Tensor:
         return _dropped(states, residual, dropout, states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, DropoutReplay], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+        ctx.dropout = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -65,9 +70,12 @@ class _Dropout(torch.autograd.Function):
     """The same entries dropped from a gradient; linear, so its own backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, dropout: DropoutReplay) -> Tensor:
-        ctx.dropout = dropout
+    def forward(states: Tensor, dropout: DropoutReplay) -> Tensor:
         return _dropped(states, None, dropout, torch.empty_like(states, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, DropoutReplay], output: Tensor) -> None:
+        ctx.dropout = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

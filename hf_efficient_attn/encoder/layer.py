@@ -35,9 +35,11 @@ class Output(nn.Module):
     def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
         """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
         states = self.dense(sublayer)
-        if self.dropout.training and not (self.dense._forward_hooks or self.dropout._forward_hooks):
+        # It writes over the states: only a plain linear map that nobody watches has no further use for them.
+        hooks = self.dense._forward_hooks or self.dropout._forward_hooks or self.dropout._forward_pre_hooks
+        if self.dropout.training and type(self.dense) is nn.Linear and not hooks:
             total = dropout_add(states, residual, self.dropout.p)
-        else:  # hooks see what they are about, and it stays as it was
+        else:
             total = residual + self.dropout(states)
         return total if self.pre_norm else self.LayerNorm(total)
 
