@@ -57,11 +57,11 @@ def big_bird_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     lists = _key_blocks(layout, random_blocks, global_ends)
     options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
-    if query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
-        mixed = cpu_block_attention(query, key, value, layout, lists, **options)
-    else:
-        mixed = _gathered(query, key, value, layout, lists, **options)
     tokens = layout.global_rows(num_global, global_ends)
+    if query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+        mixed = cpu_block_attention(query, key, value, layout, lists, tokens, **options)
+        return zero_padding(mixed, key_padding_mask)
+    mixed = _gathered(query, key, value, layout, lists, **options)
     tokens = TokenSlots(*(x.expand(query.shape[0], -1) for x in tokens))
     rows = _global_rows(query, key, value, key_padding_mask, tokens, **options)
     return zero_padding(replace_tokens(mixed, rows, tokens), key_padding_mask)

@@ -1,7 +1,8 @@
 """Attention of blocks over lists of blocks on a CPU, with a backward pass that computes probabilities again.
 
 The same function as the gathered form in `big_bird.py`, in eager mode. Keys and values are copied for a few blocks of
-queries at a time, into memory that is used again, and no probabilities are kept.
+queries at a time, into memory that is used again, and no probabilities are kept. The rows that attend everything are
+computed here as well, from the copies that are there already.
 """
 
 from collections.abc import Iterator
@@ -14,24 +15,36 @@ from torch.autograd.function import once_differentiable
 from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 from .block_layout import BlockLayout
 from .inputs import masked_bias
+from .tokens import TokenSlots
 
 
 def cpu_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, lists: Tensor, *, scale: float, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    lists: Tensor,
+    rows: TokenSlots,
+    *,
+    scale: float,
+    dropout_p: float,
 ) -> Tensor:
-    """Each text block of `layout` over the blocks that `lists` names, in one softmax.
+    """Each text block of `layout` over the blocks that `lists` names, in one softmax; some tokens over all.
 
     Args:
         query, key, value: `[batch, heads, length, head_dim]`.
         layout: where the tokens stand.
-        lists: int64 `[batch or 1, heads, rows, entries]`, blocks of places; -1 for none, at most one entry of each.
+        lists: int64 `[batch or 1, heads, rows, entries]`, blocks of places; -1 for none.
+        rows: the tokens that attend every token, for all examples if it has one only.
         scale: factor of the scores.
         dropout_p: dropout of the probabilities, below 1.
 
     Returns:
-        As `query`; rows of padding, of global tokens and of empty lists are unspecified but finite.
+        As `query`; rows of padding are unspecified but finite.
     """
-    return _BlockAttention.apply(query, key, value, lists, layout, scale, draw_replay(dropout_p))
+    slots = zip(layout.place, rows.index, rows.valid, strict=True)
+    places = [place[index[valid]] for place, index, valid in slots]
+    return _BlockAttention.apply(query, key, value, lists, layout, places, scale, draw_replay(dropout_p))
 
 
 class _Blocks:
@@ -88,10 +101,13 @@ class _Part:
         blocks: _Blocks,
         tensors: tuple[Tensor, Tensor, Tensor],
         lists: Tensor,
+        rows: list[Tensor],
         where: tuple[slice, slice],
         scale: float,
     ) -> None:
         self.blocks, self.where, self.scale = blocks, where, scale
+        examples = range(where[0].start, where[0].stop)
+        self.global_rows = [rows[min(example, len(rows) - 1)] for example in examples]
         self.size, self.width = blocks.layout.size, tensors[0].shape[-1]
         self.key, self.value, self.query = (
             blocks.to_places(name, tensor[where], where[0])
@@ -124,6 +140,29 @@ class _Part:
                 bias = masked_bias(seen.flatten(1)[:, None], self.blocks.dtype)
             yield _Chunk(self.rows[some], self.lists[some].flatten(), bias)
 
+    def by_example(self, places: Tensor, example: int) -> Tensor:
+        """`[heads * blocks, size * d]` of all examples -> `[heads, places, d]` of one, a view."""
+        return places.view(len(self.global_rows), -1, self.blocks.places, self.width)[example]
+
+    def global_probs(self, example: int, rows: Tensor) -> Tensor:
+        """Probabilities of an example's `rows` over all places: `[heads, rows, places]`."""
+        query = self.by_example(self.query, example)[:, rows]
+        keys = self.by_example(self.key, example)
+        scores = self.take("global scores", *query.shape[:2], keys.shape[1])
+        torch.bmm(query, keys.transpose(1, 2), out=scores)
+        used = self.used.view(len(self.global_rows), -1, keys.shape[1])[example, 0]
+        if not bool(used.all()):
+            scores += masked_bias(used, self.blocks.dtype)
+        return torch.ops.aten._softmax.out(scores, -1, False, out=self.take("global probs", *scores.shape))
+
+    def global_chunks(self, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """Example and rows of it at a time, as many as the scores of one chunk hold."""
+        heads = self.heads // len(self.global_rows)
+        step = max(1, chunk_bytes // (heads * self.blocks.places * self.blocks.dtype.itemsize))
+        for example, rows in enumerate(self.global_rows):
+            for start in range(0, rows.shape[0], step):
+                yield example, rows[start : start + step]
+
     def of(self, name: str, places: Tensor, numbers: Tensor, entries: int = 1) -> Tensor:
         """Copies of blocks: `[len(numbers) / entries, entries * size, d]` in scratch memory."""
         copies = self.blocks.scratch.take(name, (numbers.shape[0], places.shape[1]), places.dtype)
@@ -147,7 +186,13 @@ class _Part:
 
 
 def _parts(
-    query: Tensor, key: Tensor, value: Tensor, lists: Tensor, layout: BlockLayout, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Tensor,
+    layout: BlockLayout,
+    global_rows: list[Tensor],
+    scale: float,
 ) -> tuple[int, Iterator[_Part]]:
     """Blocks of queries at a time, and the parts: as many heads and examples as one chunk holds, at least one head."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -165,7 +210,7 @@ def _parts(
             examples = slice(start, min(start + batch_step, batch))
             for head in range(0, heads, head_step):
                 where = (examples, slice(head, min(head + head_step, heads)))
-                yield _Part(blocks, (query, key, value), lists, where, scale)
+                yield _Part(blocks, (query, key, value), lists, global_rows, where, scale)
 
     return step, parts()
 
@@ -178,6 +223,12 @@ def _write_gradients(
     result_grad = blocks.to_places("result_grad", grad[part.where], examples).div_(dropout.keep_share)
     # What stands at places without a token is a copy of some token's.
     result_grad.view(-1, part.width).masked_fill_(~part.used.reshape(-1, 1), 0.0)
+    # Rows that attend everything have nothing to do with the blocks they stand in.
+    global_grads = []
+    for example, rows in enumerate(part.global_rows):
+        own = part.by_example(result_grad, example)
+        global_grads.append(own[:, rows])
+        own[:, rows] = 0.0
     totals = [part.take(f"grad {name}", *part.key.shape).zero_() for name in ("query", "key", "value")]
     for chunk in part.chunks(step):
         entries = chunk.entries.shape[0] // chunk.rows.shape[0]
@@ -200,8 +251,33 @@ def _write_gradients(
         keys = part.of("keys", part.key, chunk.entries, entries)
         query_grad = torch.bmm(scores_grad, keys, out=part.take("query_grad", *above.shape)).mul_(part.scale)
         totals[0].index_copy_(0, chunk.rows, query_grad.view(chunk.rows.shape[0], -1))
+    _add_global_gradients(part, global_grads, totals, dropout, generator)
     for target, total in zip(grads, totals, strict=True):
         blocks.from_places(target[part.where], total, examples)
+
+
+def _add_global_gradients(
+    part: _Part, grads: list[Tensor], totals: list[Tensor], dropout: DropoutReplay, generator: torch.Generator
+) -> None:
+    """Add the share of the rows that attend everything, whose gradients are `[heads, rows, d]` an example."""
+    done = [0] * len(grads)
+    for example, rows in part.global_chunks(CHUNK_BYTES * torch.get_num_threads()):
+        above = grads[example][:, done[example] : done[example] + rows.shape[0]]
+        done[example] += rows.shape[0]
+        query_total, key_total, value_total = (part.by_example(total, example) for total in totals)
+        probs = part.global_probs(example, rows)
+        values = part.by_example(part.value, example)
+        probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("global grad", *probs.shape))
+        used = probs
+        if dropout.p > 0.0:
+            kept = dropout.kept(probs, part.blocks.scratch, generator)
+            probs_grad.mul_(kept)
+            used = kept.mul_(probs)
+        value_total.baddbmm_(used.transpose(1, 2), above)
+        scores_grad = part.take("global scores_grad", *probs.shape)
+        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, probs.dtype, grad_input=scores_grad)
+        key_total.baddbmm_(scores_grad.transpose(1, 2), part.by_example(part.query, example)[:, rows])
+        query_total[:, rows] = torch.bmm(scores_grad, part.by_example(part.key, example)).mul_(part.scale)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -209,12 +285,12 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        query, key, value, lists, layout, scale, dropout = args
+        query, key, value, lists, layout, global_rows, scale, dropout = args
         batch, heads, length, width = query.shape
         result = query.new_empty(batch, length, heads, width).transpose(1, 2)
         generator = dropout.generator()
         with torch.autocast("cpu", enabled=False):
-            step, parts = _parts(query, key, value, lists, layout, scale)
+            step, parts = _parts(query, key, value, lists, layout, global_rows, scale)
             for part in parts:
                 mixed = part.take("mixed", *part.key.shape).zero_()
                 for chunk in part.chunks(step):
@@ -224,21 +300,27 @@ class _BlockAttention(torch.autograd.Function):
                     values = part.of("values", part.value, chunk.entries, chunk.entries.shape[0] // probs.shape[0])
                     rows = torch.bmm(probs, values, out=part.take("rows", *probs.shape[:2], width))
                     mixed.index_copy_(0, chunk.rows, rows.div_(dropout.keep_share).view(chunk.rows.shape[0], -1))
+                for example, rows in part.global_chunks(CHUNK_BYTES * torch.get_num_threads()):
+                    probs = part.global_probs(example, rows)
+                    if dropout.p > 0.0:
+                        probs.mul_(dropout.kept(probs, part.blocks.scratch, generator))
+                    all_mixed = torch.bmm(probs, part.by_example(part.value, example)).div_(dropout.keep_share)
+                    part.by_example(mixed, example)[:, rows] = all_mixed
                 part.blocks.from_places(result[part.where], mixed, part.where[0])
-        ctx.save_for_backward(query, key, value, lists, layout.source, layout.used, layout.place, layout.text_blocks)
+        ctx.save_for_backward(query, key, value, lists, *layout[2:6], *global_rows)
         ctx.options = (layout.size, layout.global_blocks, layout.is_plain, scale, dropout)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, lists, *parts_of_layout = ctx.saved_tensors
+        query, key, value, lists, source, used, place, text_blocks, *global_rows = ctx.saved_tensors
         size, global_blocks, is_plain, scale, dropout = ctx.options
-        layout = BlockLayout(size, global_blocks, *parts_of_layout, is_plain)
+        layout = BlockLayout(size, global_blocks, source, used, place, text_blocks, is_plain)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         generator = dropout.generator()
         with torch.autocast("cpu", enabled=False):
-            step, parts = _parts(query, key, value, lists, layout, scale)
+            step, parts = _parts(query, key, value, lists, layout, global_rows, scale)
             for part in parts:
                 _write_gradients(part, grad, grads, step, dropout, generator)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
