@@ -11,6 +11,7 @@ from .auto import FAMILIES, public_names, register
 
 
 if TYPE_CHECKING:
+    from .attention import ATTENTIONS
     from .callbacks import RedrawProjections
     from .data import DataCollatorWithGlobalAttention
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .models.eff_longformer.configuration_eff_longformer import EffLongformerConfig
     from .models.eff_longformer.modeling_eff_longformer import (
+        EffLongformerForCausalLM,
         EffLongformerForMaskedLM,
         EffLongformerForMultipleChoice,
         EffLongformerForQuestionAnswering,

@@ -29,8 +29,8 @@ class RedrawProjections(TrainerCallback):
     """
 
     def __init__(self, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"every = {every}: give the optimizer steps from one draw to the next, 1 or more.")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every = {every!r}: give the optimizer steps from one draw to the next, 1 or more.")
         self.every = every
 
     def on_train_begin(

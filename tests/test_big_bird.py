@@ -55,7 +55,8 @@ def test_draws_depend_on_seed_layer_and_place_alone() -> None:
     numbers = random_draws(5, 3, 4, 10, 3, CPU)
     assert torch.equal(random_draws(5, 3, 8, 30, 3, CPU)[:4, :10], numbers)
     assert numbers.min() >= 0 and numbers.max() < 2**32
-    for other in (random_draws(6, 3, 4, 10, 3, CPU), random_draws(5, 4, 4, 10, 3, CPU)):
+    others = [random_draws(seed, layer, 4, 10, 3, CPU) for seed, layer in ((6, 3), (5, 4), (5 + 2**31, 3))]
+    for other in others:
         assert (numbers != other).float().mean() > 0.99
     bits = random_draws(0, 0, 100, 100, 4, CPU).flatten()[:, None] >> torch.arange(32) & 1
     assert ((bits.double().mean(0) - 0.5).abs() < 0.02).all(), "every bit is 1 half of the time"

@@ -341,3 +341,29 @@ def test_modules_are_named_for_sharding(family: str, auto: str) -> None:
     assert set(model._no_split_modules) <= names
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
     assert model.main_input_name == "input_ids"
+
+
+@FAMILY
+@pytest.mark.parametrize("train", [False, True])
+def test_shapes_without_values(family: str, train: bool) -> None:
+    """On the meta device, as tools that plan memory run a model."""
+    with torch.device("meta"):
+        model = model_class(family, "AutoModel")(tiny_config(family, hidden_dropout_prob=0.1)).train(train)
+        ids = torch.zeros(2, 20, dtype=torch.long)
+    assert model(ids).last_hidden_state.shape == (2, 20, 32)
+
+
+@FAMILY
+def test_layers_of_the_users_own(family: str) -> None:
+    """Whatever stands in for a linear map or a dropout, and whoever watches them, training goes on."""
+    model = build(family, "AutoModelForSequenceClassification", hidden_dropout_prob=0.3).train()
+    layer = model.base_model.encoder.layer[0]
+    layer.output.dense = nn.Sequential(layer.output.dense, nn.Tanh())
+    layer.attention.output.dropout = nn.AlphaDropout(0.5)
+    layer.attention.output.dense.register_full_backward_hook(lambda *_: None)
+    seen = []
+    model.base_model.encoder.layer[1].output.dropout.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model.base_model.encoder.layer[1].attention.output.dropout = nn.Identity()
+    loss_of(model, batch_of(model, "AutoModelForSequenceClassification", 2, 20)).backward()
+    assert len(seen) == 1
+    assert all(parameter.grad is not None for parameter in model.parameters())

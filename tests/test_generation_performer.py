@@ -78,3 +78,11 @@ def test_what_needs_tokens_back_is_refused() -> None:
     other = build("eff_longformer")
     with pytest.raises(ValueError, match="stateful|cannot go back"):
         other.generate(ids, assistant_model=model, max_new_tokens=5, min_new_tokens=5)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_examples_is_refused() -> None:
+    model = build(FAMILY)
+    past = model(random_ids(1, 9)).past_key_values
+    with pytest.raises(ValueError, match="past_key_values is of 1 examples, the input of 2"):
+        model(random_ids(2, 3), past_key_values=past)

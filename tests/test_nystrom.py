@@ -160,3 +160,22 @@ def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int, chunk: int, monk
     found, expected = (torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (ours, right))
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_an_exact_inverse_is_exact_in_single_precision() -> None:
+    """Of an ill-conditioned matrix: what float32 would lose, float64 inside keeps."""
+    inputs = [0.3 * x.detach() for x in qkv(2, 100, torch.float32)]
+    found = nystrom_attention(*inputs, **options(20, None))
+    assert_close(found, nystrom_attention(*(x.double() for x in inputs), **options(20, None)).float())
+    assert found.dtype == torch.float32
+
+
+def test_backward_inside_autocast_is_exact() -> None:
+    def gradients(inside: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        inputs = [x.detach().requires_grad_() for x in qkv(1, 60, torch.float32)]
+        result = dropout_cpu.cpu_dropout_attention(*inputs, None, 0.25).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(result, inputs)
+
+    assert_close(gradients(True), gradients(False), rtol=0, atol=0)

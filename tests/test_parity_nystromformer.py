@@ -134,7 +134,9 @@ def test_other_options(landmarks: int, kernel: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [1, 7, 30, 64])
 def test_texts_no_longer_than_the_landmarks(length: int, tmp_path: Path) -> None:
     """transformers' default, 64 landmarks for 64 tokens, is softmax attention: at these lengths ours is, too."""
-    original, ours = pair(BASE, tmp_path, per_matrix=False, num_landmarks=64, segment_means_seq_len=64)
+    with collect_warnings() as warned:
+        original, ours = pair(BASE, tmp_path, per_matrix=False, num_landmarks=64, segment_means_seq_len=64)
+    assert len([line for line in warned if "segment_means_seq_len and num_landmarks are both 64" in line]) == 1
     with torch.no_grad():
         assert_same(BASE, ours(**BASE.inputs(length=length)), original(**BASE.inputs(length=length)))
 

@@ -151,8 +151,9 @@ def test_redraws_in_training_and_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_redraws_need_a_time_and_a_performer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="every = 0.*1 or more"):
-        RedrawProjections(every=0)
+    for wrong in (0, 1.5, True, None, "3"):
+        with pytest.raises(ValueError, match=f"every = {wrong!r}.*1 or more"):
+            RedrawProjections(every=wrong)
     trainer = make_trainer(tmp_path, RedrawProjections(every=1), steps=1)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Linear without Performer layers"):

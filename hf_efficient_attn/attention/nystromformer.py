@@ -17,7 +17,8 @@ class NystromformerOptions:
         num_landmarks: landmarks an example; one with no more tokens gets softmax attention itself.
         conv_kernel_size: tokens that the convolution of the values covers, odd; None for no convolution.
         pinv_iterations: steps towards the inverse of the landmarks' matrix; None inverts it exactly
-            (`torch.linalg.pinv`), which costs more and makes more of the noise of small singular values.
+            (`torch.linalg.pinv`) in float64, which costs more, and multiplies the rounding of queries and keys by the
+            condition number of that matrix: results in float32 may then move by 1e-3 with the batch they are in.
         inv_coeff_init_option: scale the first step by each matrix's own largest column sum. False takes the largest of
             all heads of an example: what published weights, whose configs say False, were trained with (there it is
             the largest of the whole batch, so that examples depend on each other; a batch of one is the same).

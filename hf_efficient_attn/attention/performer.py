@@ -114,7 +114,12 @@ class PerformerSelfAttention(SelfAttention):
         """Replace the projection by the one after `count` redraws; 0 is the first one.
 
         Which it is depends on nothing but the seed, the layer and `count`. A cache from before is of no use afterwards.
+
+        Raises:
+            ValueError: `count` is no number of redraws.
         """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"count = {count!r}: it is a number of redraws, give 0 or more.")
         self.projection.copy_(self.drawn_projection(count))
 
     def make_cache_layer(self) -> "RecurrentCacheLayer":
@@ -142,6 +147,11 @@ class PerformerSelfAttention(SelfAttention):
             layer = self._cache_layer(past_key_values)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, -length:]
             state = layer.state
+            if state is not None and state.top.shape[0] != query.shape[0]:
+                raise ValueError(
+                    f"past_key_values is of {state.top.shape[0]} examples, the input of {query.shape[0]}; go on with "
+                    "the same examples, or repeat the cache with batch_repeat_interleave."
+                )
             mixed, after = performer_step(query, key, value, key_padding_mask, state=state, **options)
             if backend == "eager":
                 options.update(causal=True, state=state)

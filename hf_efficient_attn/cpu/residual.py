@@ -12,10 +12,10 @@ from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 def dropout_add(states: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
     """`residual + dropout(states)`, both `[..., width]` of one shape.
 
-    On a CPU in eager mode, in the dtype of both, the sum is written over `states`, which must not be needed any more:
-    fresh memory for noise and result of a long text costs more than the work in it. Elsewhere as torch does it.
+    On a CPU in eager mode, in the dtype of both, without memory for noise and dropped states: for a long text touching
+    fresh memory costs more than the work in it. Elsewhere as torch does it.
 
-    Srivastava et al. 2014 (dropout). Time O(states), no memory on a CPU.
+    Srivastava et al. 2014 (dropout). Time O(states), no memory but the result on a CPU.
     """
     own = (
         0.0 < dropout_p < 1.0
@@ -23,8 +23,6 @@ def dropout_add(states: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
         and states.dtype == residual.dtype
         and states.dtype in (torch.float32, torch.float64)
         and states.shape == residual.shape
-        and states.is_contiguous()
-        and not (states.requires_grad and states.is_leaf)
         and not torch.compiler.is_compiling()
     )
     if not own:
@@ -32,9 +30,10 @@ def dropout_add(states: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
     return _DropoutAdd.apply(states, residual, draw_replay(dropout_p))
 
 
-def _dropped(states: Tensor, residual: Tensor | None, dropout: DropoutReplay, target: Tensor) -> Tensor:
-    """Write `dropout(states)`, and the residual on top, to `target`; some rows at a time."""
+def _dropped(states: Tensor, residual: Tensor | None, dropout: DropoutReplay) -> Tensor:
+    """`dropout(states)`, and the residual on top, some rows at a time."""
     width = states.shape[-1]
+    target = torch.empty_like(states, memory_format=torch.contiguous_format)
     rows = max(1, CHUNK_BYTES * torch.get_num_threads() // (width * states.dtype.itemsize))
     generator, scratch = dropout.generator(), Scratch()
     given, into = states.reshape(-1, width), target.view(-1, width)
@@ -54,11 +53,10 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(states: Tensor, residual: Tensor, dropout: DropoutReplay) -> Tensor:
-        return _dropped(states, residual, dropout, states)
+        return _dropped(states, residual, dropout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, DropoutReplay], output: Tensor) -> None:
-        ctx.mark_dirty(inputs[0])
         ctx.dropout = inputs[2]
 
     @staticmethod
@@ -71,7 +69,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(states: Tensor, dropout: DropoutReplay) -> Tensor:
-        return _dropped(states, None, dropout, torch.empty_like(states, memory_format=torch.contiguous_format))
+        return _dropped(states, None, dropout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, DropoutReplay], output: Tensor) -> None:

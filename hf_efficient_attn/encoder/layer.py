@@ -18,6 +18,17 @@ AttentionFactory = Callable[[EffEncoderConfig, int], nn.Module]
 """Builds the attention module of a layer: `(config, layer_idx)`; its forward returns `(states, weights or None)`."""
 
 
+def _is_plain(dropout: nn.Module) -> bool:
+    """Whether it is torch's own dropout with no hooks, so that another way of doing the same is not noticed."""
+    hooks = (
+        dropout._forward_hooks,
+        dropout._forward_pre_hooks,
+        dropout._backward_hooks,
+        dropout._backward_pre_hooks,
+    )
+    return type(dropout) is nn.Dropout and not any(hooks)
+
+
 class Output(nn.Module):
     """Dense, dropout, residual and norm, after attention and after the feed-forward layer."""
 
@@ -35,9 +46,7 @@ class Output(nn.Module):
     def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
         """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
         states = self.dense(sublayer)
-        # It writes over the states: only a plain linear map that nobody watches has no further use for them.
-        hooks = self.dense._forward_hooks or self.dropout._forward_hooks or self.dropout._forward_pre_hooks
-        if self.dropout.training and type(self.dense) is nn.Linear and not hooks:
+        if self.dropout.training and _is_plain(self.dropout):
             total = dropout_add(states, residual, self.dropout.p)
         else:
             total = residual + self.dropout(states)

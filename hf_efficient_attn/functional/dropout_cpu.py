@@ -72,12 +72,13 @@ class _DropoutAttention(torch.autograd.Function):
         query, key, value, bias = ctx.saved_tensors
         query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, key, value))
         generator, scratch = ctx.dropout.generator(), Scratch()
-        for where in _parts(query, key):
-            probs, above = _probs(query, key, bias, where), grad[where] / ctx.dropout.keep_share
-            kept = ctx.dropout.kept(probs, scratch, generator)
-            probs_grad = torch.matmul(above, value[where].transpose(-1, -2)).mul_(kept)
-            value_grad[where] = torch.matmul(kept.mul_(probs).transpose(-1, -2), above)
-            scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, probs.dtype)
-            query_grad[where] = torch.matmul(scores_grad, key[where])
-            key_grad[where] = torch.matmul(scores_grad.transpose(-1, -2), query[where])
+        with torch.autocast("cpu", enabled=False):
+            for where in _parts(query, key):
+                probs, above = _probs(query, key, bias, where), grad[where] / ctx.dropout.keep_share
+                kept = ctx.dropout.kept(probs, scratch, generator)
+                probs_grad = torch.matmul(above, value[where].transpose(-1, -2)).mul_(kept)
+                value_grad[where] = torch.matmul(kept.mul_(probs).transpose(-1, -2), above)
+                scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, probs.dtype)
+                query_grad[where] = torch.matmul(scores_grad, key[where])
+                key_grad[where] = torch.matmul(scores_grad.transpose(-1, -2), query[where])
         return query_grad, key_grad, value_grad, None, None

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .favor_causal import PerformerState, causal_sums, empty_state
 from .favor_cpu import cpu_performer_attention
 from .favor_features import FeatureMap, finite, make_feature_map, ratio
-from .inputs import check_qkv, zero_padding
+from .inputs import check_qkv, without_autocast, zero_padding
 
 
 def performer_attention(
@@ -63,7 +63,7 @@ def performer_attention(
     queries, length = query.shape[2], key.shape[2]
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     dtype = query.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, key, value = _prepared(query, key, value, key_padding_mask, query_mask, features, dropout_p)
         if causal:
             query = F.pad(query, (0, 0, length - queries, 0))
@@ -107,7 +107,7 @@ def performer_step(
     check_qkv(query, key, value, key_padding_mask)
     features = make_feature_map(query, projection, kernel, scale)
     dtype = query.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, key, value = _prepared(query, key, value, key_padding_mask, key_padding_mask, features, dropout_p)
         state = empty_state(features, key) if state is None else state
         sums, state = causal_sums(features, query, key, _with_ones(value), key_padding_mask, state)
@@ -142,7 +142,7 @@ def dense_performer_attention(
     check_qkv(query, key, value, key_padding_mask)
     features = make_feature_map(query, projection, kernel, scale)
     dtype, length = query.dtype, query.shape[2]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, key, value = _prepared(query, key, value, key_padding_mask, key_padding_mask, features, dropout_p)
         total = past = 0.0
         if causal:

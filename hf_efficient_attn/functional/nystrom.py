@@ -124,7 +124,7 @@ def _kernels(
         raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # An inverse multiplies rounding errors: half precision is too little for any part of the product.
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = torch.promote_types(query.dtype, torch.float32 if pinv_iterations is not None else torch.float64)
     query, key, value = (zero_padding(x, key_padding_mask).to(dtype) for x in (query, key, value))
     landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
     row, means = landmarks.means(query) * scale, landmarks.means(key)
@@ -179,8 +179,8 @@ def nystrom_attention(
         scale: factor of the scores, `head_dim ** -0.5` by default.
         dropout_p: dropout of the entries of F and, independently, of B.
         num_landmarks: 1 or more, 64 as published.
-        pinv_iterations: steps towards the inverse of A, 6 as published; None for `torch.linalg.pinv`, which is exact
-            and makes more of the noise of small singular values.
+        pinv_iterations: steps towards the inverse of A, 6 as published; None for `torch.linalg.pinv`, with everything
+            in float64. That is exact, and multiplies the rounding of its inputs by the condition number of A.
         scale_per_matrix: see `iterative_pinv`.
 
     Returns:

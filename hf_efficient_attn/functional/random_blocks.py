@@ -24,6 +24,7 @@ def random_draws(seed: int, layer: int, heads: int, rows: int, count: int, devic
     hashed = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
     for part in (
         torch.full_like(hashed, seed % 2**31),
+        torch.full_like(hashed, seed // 2**31 % 2**31),
         torch.full_like(hashed, layer),
         torch.arange(heads, device=device)[:, None, None],
         torch.arange(rows, device=device)[:, None],

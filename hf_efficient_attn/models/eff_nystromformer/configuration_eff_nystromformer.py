@@ -3,10 +3,13 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.utils import logging
 
 from ...attention.nystromformer import NystromformerOptions
 from ...encoder.configuration import EffEncoderConfig
 
+
+logger = logging.get_logger(__name__)
 
 # In published tables two rows stand before the first position.
 _RESERVED_ROWS = 2
@@ -47,6 +50,13 @@ class EffNystromformerConfig(NystromformerOptions, EffEncoderConfig):
     def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Published configs count positions without the reserved rows."""
         converted = {"inv_coeff_init_option": False, **config_dict}
+        landmarks = config_dict.get("num_landmarks", 64)
+        if config_dict.get("segment_means_seq_len", 64) == landmarks:
+            logger.warning_once(
+                f"segment_means_seq_len and num_landmarks are both {landmarks} here, which makes transformers "
+                f"compute softmax attention at every length. EffNystromformer has landmarks where a text has more than "
+                f"{landmarks} tokens, as in the paper; num_landmarks as large as the longest text gives the other."
+            )
         if "max_position_embeddings" in config_dict:
             converted["max_position_embeddings"] = config_dict["max_position_embeddings"] + _RESERVED_ROWS
         return converted
