@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from hf_efficient_attn.bench import (
     GIB,
+    KINDS,
     MIB,
     Bounds,
     Case,
@@ -423,3 +424,12 @@ def test_the_window_benchmark_multiplies_what_it_says(tmp_path: Path) -> None:
     assert "python benchmarks/window_attention.py --length 128" in result.stdout
     wrong = run_script("window_attention", tmp_path, "--length", "100")
     assert wrong.returncode == 1 and wrong.stderr.startswith("Error: length is 100"), wrong.stderr
+
+
+def test_big_birds_are_measured_in_blocks_and_alike() -> None:
+    """One short input would turn transformers' into a model of full attention; it has no dropout in its blocks."""
+    assert not KINDS["big_bird"].primes
+    for kind in ("eff_big_bird", "big_bird"):
+        model = build_model(Case(kind, 64, size=TINY))
+        assert model.config.attention_type == "block_sparse"
+        assert model.config.attention_probs_dropout_prob == 0

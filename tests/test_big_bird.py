@@ -183,3 +183,32 @@ def test_global_attention_mask_is_refused() -> None:
     ids = random_ids(1, 9)
     with pytest.raises(ValueError, match="no global tokens"):
         build()(ids, global_attention_mask=torch.ones_like(ids))
+
+
+def test_every_layer_has_random_blocks_of_its_own() -> None:
+    first, second = (layer.attention.self for layer in build().encoder.layer)
+    blocks = torch.tensor([30])
+    assert not torch.equal(first.random_blocks(blocks, 30), second.random_blocks(blocks, 30))
+    other = build(random_seed=1).encoder.layer[0].attention.self
+    assert not torch.equal(first.random_blocks(blocks, 30), other.random_blocks(blocks, 30))
+
+
+def test_extended_form_cuts_off_the_global_tokens_in_front() -> None:
+    model = build(**EXTENDED)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        words = model.embeddings.word_embeddings(ids)
+        assert_close(states[0], model.embeddings(words, torch.arange(20)[None], None))
+
+
+def test_the_question_ends_at_its_first_separator_whatever_stands_in_padding() -> None:
+    model = build("AutoModelForQuestionAnswering", sep_token_id=2)
+    ids, keep = random_ids(1, 20), mask_of([14], 20, "left")
+    ids[0, [9, 19]] = 2  # after the question, and at the end
+    with torch.no_grad():
+        clean = model(ids[:, 6:]).start_logits[0]
+        ids[0, :6] = 2
+        padded = model(ids, keep).start_logits[0, 6:]
+    assert_close(padded, clean, rtol=1e-5, atol=1e-4)
+    assert (clean < -1e5).tolist() == [False, True, True, True] + [False] * 10

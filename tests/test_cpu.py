@@ -82,3 +82,14 @@ def test_the_frame_uses_it_and_hooks_see_what_they_should() -> None:
         model(**given)
     assert len(calls) == 2, "of four steps, one has a hook on its dropout, and one has none"
     assert ((seen["drop"] == 0).double().mean() - 0.3).abs() < 0.05
+
+
+def test_the_frame_drops_the_sublayer_and_not_the_residual() -> None:
+    model = build(BERT, "Model", hidden_dropout_prob=0.3, norm_position="pre").train()
+    output = model.encoder.layer[0].attention.output
+    sublayer, rest = torch.randn(4, 50, 32), torch.randn(4, 50, 32)
+    with torch.no_grad():
+        added = output(sublayer, rest) - rest
+        kept = added.abs() > 1e-9
+        torch.testing.assert_close(added[kept], (output.dense(sublayer) / 0.7)[kept], rtol=1e-3, atol=1e-5)
+    assert abs(kept.double().mean() - 0.7) < 0.03

@@ -223,3 +223,14 @@ def test_memory_is_linear_in_length(case: Case, variant: str) -> None:
     short, long = saved(1024), saved(2048)
     assert sum(long) <= 2.1 * sum(short)
     assert max(long) < 2048**2
+
+
+@ROW
+def test_the_scale_is_that_of_queries_times_keys(case: Case, variant: str) -> None:
+    query, key, value = (x.detach() for x in qkv(2, 40))
+    function = formula(case, variant, None, is_global_of(case, variant, 2, 40, None), scale=2 * HEAD_DIM**-0.5)
+    default = formula(case, variant, None, is_global_of(case, variant, 2, 40, None))
+    scaled = default(2**0.5 * query, 2**0.5 * key, value)
+    atol = 1e-12 * case.variants[variant].rounding
+    torch.testing.assert_close(function(query, key, value), scaled, rtol=0, atol=atol)
+    assert not torch.allclose(default(query, key, value), scaled)

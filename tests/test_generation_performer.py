@@ -69,6 +69,8 @@ def test_what_needs_tokens_back_is_refused() -> None:
         model.generate(ids, assistant_model=build(FAMILY, num_hidden_layers=1), max_new_tokens=5)
     with pytest.raises(ValueError, match=r"crop\(-2\).*state of 12 tokens.*without an assistant"):
         past.crop(-2)
+    with pytest.raises(ValueError, match="cannot go back"):
+        past.layers[0].crop(1)
     past.crop(0)
     with pytest.raises(ValueError, match=r"DynamicCache without room for a state.*make_cache"):
         model(ids, past_key_values=DynamicCache())

@@ -193,3 +193,21 @@ def test_projected_attention_drops_without_bias() -> None:
     torch.manual_seed(0)
     second = projected_attention(query, states, dropout_p=0.5, reassociate=False, **maps)[0]
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+@ROW
+@BACKEND
+def test_dropout_in_training_alone_and_without_bias(case: Case, variant: str, backend: str) -> None:
+    module = build(case, variant, backend)
+    module.dropout_p = 0.4
+    states = states_of(2, 9).detach()
+    is_global = case.variants[variant].is_global(2, 9)
+    with torch.no_grad():
+        plain = attend(module, states, None, is_global)
+        assert torch.equal(attend(module, states, None, is_global), plain)
+        module.train()
+        torch.manual_seed(0)
+        draws = torch.stack([attend(module, states, None, is_global) for _ in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    standard_error = draws.std(dim=0) / 400**0.5
+    assert ((draws.mean(dim=0) - plain).abs() <= 5 * standard_error + 1e-12).all()

@@ -179,3 +179,13 @@ def test_backward_inside_autocast_is_exact() -> None:
             return torch.autograd.grad(result, inputs)
 
     assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def test_padding_gets_nothing_under_dropout_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form for graphs and other devices, with a dropout that drops nothing."""
+    inputs, keep = [x.detach() for x in qkv(3, 60)], paddings(3, 60)["left"]
+    expected = nystrom_attention(*inputs, keep, **options(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = nystrom_attention(*inputs, keep, dropout_p=1e-12, **options(8))
+    assert_close(found, expected, rtol=0, atol=1e-9)

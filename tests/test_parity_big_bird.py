@@ -42,7 +42,7 @@ def inputs_for(name: str, lengths: list[int]) -> dict[str, Tensor]:
     mask = mask_of(lengths, length)
     ids = random_ids(len(lengths), length)
     for row in range(len(lengths)):
-        ids[row, 2 + row % 3] = SEP
+        ids[row, [2 + row % 3, lengths[row] - 1]] = SEP
     inputs = {"input_ids": torch.where(mask == 1, ids, 0), "attention_mask": mask}
     if name == "BigBirdForMultipleChoice":
         inputs = {key: torch.stack([x, x.roll(1, 0), x.roll(2, 0)], dim=1) for key, x in inputs.items()}

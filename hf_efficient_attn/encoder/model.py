@@ -149,7 +149,7 @@ class EffEncoderModel:
                     "input. Leave it out, or load a causal model (is_decoder=True)."
                 )
             return None
-        # A cache of fixed size holds room that is no token yet, which windows would count.
+        # A cache of fixed size holds room that is no token yet, which a mechanism would count.
         if past_key_values is not None and (not isinstance(past_key_values, Cache) or past_key_values.is_compileable):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; give what the last call returned, or "
@@ -184,14 +184,14 @@ class EffEncoderModel:
             global_attention_mask: `[batch, length]`, 1 at global tokens, where the mechanism has them.
             past_key_values: in the causal form, what the last call returned (or `make_cache()`): the input goes on
                 where that one ended, and `attention_mask` is `[batch, tokens before + length]`.
-            use_cache: in the causal form, return keys and values for the next call, except in training mode; by
-                default `config.use_cache`.
+            use_cache: in the causal form, return the cache for the next call, except in training mode; by default
+                `config.use_cache`.
             kwargs: `output_hidden_states`, `output_attentions` (eager backend), `return_dict`.
 
         Returns:
             `last_hidden_state` `[batch, length, hidden]`, `pooler_output` `[batch, hidden]` or None, and if asked
             `hidden_states` (one more than layers) and `attentions` (`[batch, heads, length, keys]` each; keys are the
-            input's tokens, with a cache the prefix of global tokens and the window's before them). The causal form
+            input's tokens, and with a cache what the mechanism's eager backend holds of those before). The causal form
             also returns `past_key_values`.
 
         Raises:

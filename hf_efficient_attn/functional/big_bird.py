@@ -48,9 +48,9 @@ def big_bird_attention(
     Raises:
         ValueError: shapes that do not fit, a block size below 1, fewer rows than the text has blocks.
 
-    Zaheer et al. 2020, arXiv 2007.14062. Time O(length * block_size * (5 + count)), memory the same or, on a CPU,
-    O(length). The paper's released plan draws nearly all random blocks from the first 1,024 tokens and may name a
-    block twice; `pick_random_blocks` draws from the whole text and never doubles.
+    Zaheer et al. 2020, arXiv 2007.14062. Time O(length * (block_size * (5 + count) + num_global)), memory the same
+    or, on a CPU, O(length). The paper's released plan draws nearly all random blocks from the first 1,024 tokens and
+    may name a block twice; `pick_random_blocks` draws from the whole text and never doubles.
     """
     check_qkv(query, key, value, key_padding_mask)
     layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)

@@ -49,7 +49,8 @@ def pick_random_blocks(draws: Tensor, blocks: Tensor, *, ends_are_global: bool) 
         int64 `[batch, heads, rows, count]`: block numbers; -1 for none, also in rows that attend everything or do not
         exist.
 
-    Zaheer et al. 2020, arXiv 2007.14062. Time and memory O(batch * heads * rows * count).
+    Zaheer et al. 2020, arXiv 2007.14062. Time O(batch * heads * rows * count^2), memory O(batch * heads * rows *
+    count).
     """
     rows = draws.shape[1]
     total = blocks[:, None]
