@@ -40,7 +40,7 @@ def cpu_block_attention(
         dropout_p: dropout of the probabilities, below 1.
 
     Returns:
-        As `query`; rows of padding are unspecified but finite.
+        As `query`; rows of padding are unspecified.
     """
     slots = zip(layout.place, rows.index, rows.valid, strict=True)
     places = [place[index[valid]] for place, index, valid in slots]
@@ -89,6 +89,7 @@ class _Chunk(NamedTuple):
     """Some blocks of queries: which ones, the blocks they attend, and what must not be attended."""
 
     rows: Tensor
+    first: int
     entries: Tensor
     bias: Tensor | None
 
@@ -138,7 +139,25 @@ class _Part:
             if any(masked[some]):
                 seen = self.used[self.lists[some]] & ~self.empty[some][..., None]
                 bias = masked_bias(seen.flatten(1)[:, None], self.blocks.dtype)
-            yield _Chunk(self.rows[some], self.lists[some].flatten(), bias)
+            first = start + self.blocks.layout.global_blocks
+            yield _Chunk(self.rows[some], first, self.lists[some].flatten(), bias)
+
+    def rows_of(self, name: str, places: Tensor, chunk: "_Chunk") -> Tensor:
+        """The chunk's own blocks, `[rows, size, d]`; where they lie side by side a view."""
+        if self.heads > 1:
+            return self.of(name, places, chunk.rows)
+        return places[chunk.first : chunk.first + chunk.rows.shape[0]].view(-1, self.size, self.width)
+
+    def write_product(self, target: Tensor, chunk: "_Chunk", left: Tensor, right: Tensor, factor: float) -> None:
+        """`left right factor` as the chunk's own blocks of `target`."""
+        shape = (left.shape[0], self.size, self.width)
+        beside = self.heads == 1
+        out = self.rows_of("", target, chunk) if beside else self.take("product", *shape)
+        torch.bmm(left, right, out=out)
+        if factor != 1.0:
+            out.mul_(factor)
+        if not beside:
+            target.index_copy_(0, chunk.rows, out.view(shape[0], -1))
 
     def by_example(self, places: Tensor, example: int) -> Tensor:
         """`[heads * blocks, size * d]` of all examples -> `[heads, places, d]` of one, a view."""
@@ -172,7 +191,7 @@ class _Part:
     def probs(self, chunk: _Chunk) -> Tensor:
         """`[rows, size, entries * size]`."""
         entries = chunk.entries.shape[0] // chunk.rows.shape[0]
-        query = self.of("queries", self.query, chunk.rows)
+        query = self.rows_of("queries", self.query, chunk)
         keys = self.of("keys", self.key, chunk.entries, entries)
         scores = self.take("scores", query.shape[0], self.size, keys.shape[1])
         torch.bmm(query, keys.transpose(1, 2), out=scores)
@@ -220,20 +239,23 @@ def _write_gradients(
 ) -> None:
     """Write the part's share of the gradients of query, key and value."""
     blocks, examples = part.blocks, part.where[0]
-    result_grad = blocks.to_places("result_grad", grad[part.where], examples).div_(dropout.keep_share)
-    # What stands at places without a token is a copy of some token's.
-    result_grad.view(-1, part.width).masked_fill_(~part.used.reshape(-1, 1), 0.0)
+    result_grad = blocks.to_places("result_grad", grad[part.where], examples)
+    if dropout.p > 0.0:
+        result_grad.div_(dropout.keep_share)
+    if not blocks.layout.is_plain:  # what stands at places without a token is a copy of some token's
+        result_grad.view(-1, part.width).masked_fill_(~part.used.reshape(-1, 1), 0.0)
     # Rows that attend everything have nothing to do with the blocks they stand in.
     global_grads = []
     for example, rows in enumerate(part.global_rows):
         own = part.by_example(result_grad, example)
         global_grads.append(own[:, rows])
         own[:, rows] = 0.0
-    totals = [part.take(f"grad {name}", *part.key.shape).zero_() for name in ("query", "key", "value")]
+    totals = [part.take(f"grad {name}", *part.key.shape) for name in ("query", "key", "value")]
+    totals[1].zero_(), totals[2].zero_()
     for chunk in part.chunks(step):
         entries = chunk.entries.shape[0] // chunk.rows.shape[0]
         probs = part.probs(chunk)
-        above = part.of("above", result_grad, chunk.rows)
+        above = part.rows_of("above", result_grad, chunk)
         values = part.of("values", part.value, chunk.entries, entries)
         probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("probs_grad", *probs.shape))
         used = probs
@@ -246,11 +268,10 @@ def _write_gradients(
         totals[2].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
         scores_grad = part.take("scores_grad", *probs.shape)
         torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, blocks.dtype, grad_input=scores_grad)
-        torch.bmm(scores_grad.transpose(1, 2), part.of("queries", part.query, chunk.rows), out=copies)
+        torch.bmm(scores_grad.transpose(1, 2), part.rows_of("queries", part.query, chunk), out=copies)
         totals[1].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
         keys = part.of("keys", part.key, chunk.entries, entries)
-        query_grad = torch.bmm(scores_grad, keys, out=part.take("query_grad", *above.shape)).mul_(part.scale)
-        totals[0].index_copy_(0, chunk.rows, query_grad.view(chunk.rows.shape[0], -1))
+        part.write_product(totals[0], chunk, scores_grad, keys, part.scale)
     _add_global_gradients(part, global_grads, totals, dropout, generator)
     for target, total in zip(grads, totals, strict=True):
         blocks.from_places(target[part.where], total, examples)
@@ -292,14 +313,13 @@ class _BlockAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             step, parts = _parts(query, key, value, lists, layout, global_rows, scale)
             for part in parts:
-                mixed = part.take("mixed", *part.key.shape).zero_()
+                mixed = part.take("mixed", *part.key.shape)
                 for chunk in part.chunks(step):
                     probs = part.probs(chunk)
                     if dropout.p > 0.0:
                         probs.mul_(dropout.kept(probs, part.blocks.scratch, generator))
                     values = part.of("values", part.value, chunk.entries, chunk.entries.shape[0] // probs.shape[0])
-                    rows = torch.bmm(probs, values, out=part.take("rows", *probs.shape[:2], width))
-                    mixed.index_copy_(0, chunk.rows, rows.div_(dropout.keep_share).view(chunk.rows.shape[0], -1))
+                    part.write_product(mixed, chunk, probs, values, 1.0 / dropout.keep_share)
                 for example, rows in part.global_chunks(CHUNK_BYTES * torch.get_num_threads()):
                     probs = part.global_probs(example, rows)
                     if dropout.p > 0.0:
