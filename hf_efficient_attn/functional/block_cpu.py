@@ -188,8 +188,8 @@ class _Part:
         torch.index_select(places, 0, numbers, out=copies)
         return copies.view(numbers.shape[0] // entries, entries * self.size, self.width)
 
-    def probs(self, chunk: _Chunk) -> Tensor:
-        """`[rows, size, entries * size]`."""
+    def probs(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        """Probabilities `[rows, size, entries * size]`, and the keys `[rows, entries * size, d]` they belong to."""
         entries = chunk.entries.shape[0] // chunk.rows.shape[0]
         query = self.rows_of("queries", self.query, chunk)
         keys = self.of("keys", self.key, chunk.entries, entries)
@@ -197,7 +197,8 @@ class _Part:
         torch.bmm(query, keys.transpose(1, 2), out=scores)
         if chunk.bias is not None:
             scores += chunk.bias
-        return torch.ops.aten._softmax.out(scores, -1, False, out=self.take("probs", *scores.shape))
+        probs = torch.ops.aten._softmax.out(scores, -1, False, out=self.take("probs", *scores.shape))
+        return probs, keys
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Scratch memory."""
@@ -254,7 +255,7 @@ def _write_gradients(
     totals[1].zero_(), totals[2].zero_()
     for chunk in part.chunks(step):
         entries = chunk.entries.shape[0] // chunk.rows.shape[0]
-        probs = part.probs(chunk)
+        probs, keys = part.probs(chunk)
         above = part.rows_of("above", result_grad, chunk)
         values = part.of("values", part.value, chunk.entries, entries)
         probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("probs_grad", *probs.shape))
@@ -270,7 +271,6 @@ def _write_gradients(
         torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, blocks.dtype, grad_input=scores_grad)
         torch.bmm(scores_grad.transpose(1, 2), part.rows_of("queries", part.query, chunk), out=copies)
         totals[1].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
-        keys = part.of("keys", part.key, chunk.entries, entries)
         part.write_product(totals[0], chunk, scores_grad, keys, part.scale)
     _add_global_gradients(part, global_grads, totals, dropout, generator)
     for target, total in zip(grads, totals, strict=True):
@@ -315,7 +315,7 @@ class _BlockAttention(torch.autograd.Function):
             for part in parts:
                 mixed = part.take("mixed", *part.key.shape)
                 for chunk in part.chunks(step):
-                    probs = part.probs(chunk)
+                    probs, _ = part.probs(chunk)
                     if dropout.p > 0.0:
                         probs.mul_(dropout.kept(probs, part.blocks.scratch, generator))
                     values = part.of("values", part.value, chunk.entries, chunk.entries.shape[0] // probs.shape[0])
