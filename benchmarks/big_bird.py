@@ -7,7 +7,7 @@ Two layers of base size with blocks of 64 tokens and 3 random ones, as `benchmar
 outputs are not compared, because the random blocks differ; `tests/test_parity_big_bird.py` does that with equal ones.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_study, study_app
+from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
 
 
 OURS, IN_TREE, BERT = "eff_big_bird", "big_bird", "bert"
@@ -26,4 +26,4 @@ STUDY = Study(
 app = study_app(STUDY)
 
 if __name__ == "__main__":
-    run_study(app)
+    run_script(app)

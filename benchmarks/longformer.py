@@ -9,7 +9,7 @@ models that should be equal are, with equal weights; if they are not, it ends th
 its own, and cases of one length take turns, so that noise hits all of them. Needs the extra `demo`.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_study, study_app
+from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
 
 
 OURS, IN_TREE, BERT, MODERN = "eff_longformer", "longformer", "bert", "modernbert"
@@ -33,4 +33,4 @@ STUDY = Study(
 app = study_app(STUDY)
 
 if __name__ == "__main__":
-    run_study(app)
+    run_script(app)

@@ -7,7 +7,7 @@ Two layers of base size with 64 landmarks, as `benchmarks/longformer.py` measure
 are compared first.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_study, study_app
+from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
 
 
 OURS, IN_TREE, BERT = "eff_nystromformer", "nystromformer", "bert"
@@ -24,4 +24,4 @@ STUDY = Study(
 app = study_app(STUDY)
 
 if __name__ == "__main__":
-    run_study(app)
+    run_script(app)

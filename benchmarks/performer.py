@@ -7,7 +7,7 @@ Two layers of base size with 256 random features, as `benchmarks/longformer.py` 
 against performer-pytorch: `benchmarks/performer_attention.py`.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_study, study_app
+from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
 
 
 OURS, BERT = "eff_performer", "bert"
@@ -26,4 +26,4 @@ STUDY = Study(
 app = study_app(STUDY)
 
 if __name__ == "__main__":
-    run_study(app)
+    run_script(app)

@@ -11,15 +11,13 @@ exponential, no maximum, no normaliser. Needs the extra `peers`, but with `--cau
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
 
-from hf_efficient_attn.bench import environment_line, require_extras
+from hf_efficient_attn.bench import environment_line, forward_or_gradients, require_extras, run_script, take_turns
 from hf_efficient_attn.functional import orthogonal_features, performer_attention
 
 
@@ -33,13 +31,6 @@ def products(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> T
         state = (key[head] @ projection.T).T @ value[head]
         results.append(query[head] @ projection.T @ state)
     return torch.stack(results)
-
-
-def _measured(attend: Callable[..., Tensor], tensors: list[Tensor], backward: bool) -> Callable[[], object]:
-    if not backward:
-        return lambda: torch.inference_mode()(attend)(*tensors)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_outputs=tensors[0])
 
 
 @app.command()
@@ -65,7 +56,7 @@ def main(
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return performer_attention(query, key, value, projection=projection, causal=causal)
 
-    runs = {"performer_attention": _measured(ours, tensors, backward)}
+    runs = {"performer_attention": forward_or_gradients(ours, tensors, backward)}
     if not causal:
         require_extras("performer_pytorch", extra="peers")
         from performer_pytorch import FastAttention
@@ -81,17 +72,11 @@ def main(
         )
         if difference > 1e-2:
             raise ValueError(f"the outputs differ by {difference:.1e}, so no ratio between them is given.")
-        runs["performer-pytorch"] = _measured(peer, tensors, backward)
+        runs["performer-pytorch"] = forward_or_gradients(peer, tensors, backward)
     if not backward:
         runs["plain products"] = torch.inference_mode()(lambda: products(*(x[0] for x in tensors), projection))
 
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = take_turns(runs, repeats)
     typer.echo(
         f"{'forward + backward' if backward else 'forward'}{', causal' if causal else ''}, batch 1, {heads} heads of "
         f"{head_dim}, {length:,} tokens, {features} features, float32, no dropout; median (min - max) of {repeats} runs"
@@ -106,7 +91,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    run_script(app)

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hf_efficient_attn.bench import environment_line, forward_or_gradients, run_script, take_turns
 
 
 if TYPE_CHECKING:
@@ -86,32 +87,6 @@ def multiply_adds(heads: int, length: int, keys: int, head_dim: int, backward: b
     return 2 * heads * length * keys * head_dim * (3 if backward else 1)
 
 
-def _attention(attend: Callable[..., Tensor], tensors: list[Tensor], backward: bool) -> Callable[[], object]:
-    import torch
-
-    if not backward:
-
-        def forward() -> Tensor:
-            with torch.inference_mode():
-                return attend(*tensors)
-
-        return forward
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_outputs=tensors[0])
-
-
-def take_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, one after the other in `repeats` turns, after a turn that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def _numbers(text: str) -> list[int]:
     numbers = [int(number) for number in text.split(",") if number.strip().isdigit()]
     if not numbers or min(numbers) < 1 or len(numbers) != len(text.split(",")):
@@ -141,7 +116,6 @@ def main(
     sizes = _numbers(blocks)
     import torch
 
-    from hf_efficient_attn.bench import environment_line
     from hf_efficient_attn.functional import sliding_window_attention
 
     if threads is not None:
@@ -151,7 +125,9 @@ def main(
 
     ours = "sliding_window_attention"
     window = 2 * radius + 1
-    runs = {ours: _attention(lambda q, k, v: sliding_window_attention(q, k, v, radius=radius), tensors, backward)}
+    runs = {
+        ours: forward_or_gradients(lambda q, k, v: sliding_window_attention(q, k, v, radius=radius), tensors, backward)
+    }
     counts = {ours: multiply_adds(heads, length, window, head_dim, backward)}
     for block in sizes:
         for words, keys in (("useful products", window), ("blocked products", block + 2 * radius)):
@@ -160,7 +136,7 @@ def main(
             runs[name] = torch.inference_mode()(plain)
             counts[name] = multiply_adds(heads, length, keys, head_dim, backward)
     full = "scaled_dot_product_attention, full"
-    runs[full] = _attention(torch.nn.functional.scaled_dot_product_attention, tensors, backward)
+    runs[full] = forward_or_gradients(torch.nn.functional.scaled_dot_product_attention, tensors, backward)
     counts[full] = multiply_adds(heads, length, length, head_dim, backward)
 
     what = "forward + backward" if backward else "forward"
@@ -189,7 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    run_script(app)

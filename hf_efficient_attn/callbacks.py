@@ -6,7 +6,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from .attention.performer import PerformerSelfAttention
+from .attention.performer import performer_layers
 
 
 class RedrawProjections(TrainerCallback):
@@ -37,7 +37,7 @@ class RedrawProjections(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Looks whether there is anything to draw."""
-        if not _layers(model):
+        if not performer_layers(model):
             raise ValueError(
                 f"RedrawProjections got a {type(model).__name__} without Performer layers; leave the callback out."
             )
@@ -47,9 +47,5 @@ class RedrawProjections(TrainerCallback):
     ) -> None:
         """Draws if it is time."""
         if state.global_step % self.every == 0:
-            for layer in _layers(model):
+            for layer in performer_layers(model):
                 layer.redraw_(state.global_step // self.every)
-
-
-def _layers(model: nn.Module) -> list[PerformerSelfAttention]:
-    return [module for module in model.modules() if isinstance(module, PerformerSelfAttention)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import (
     KERNELS,
@@ -173,3 +173,8 @@ class PerformerSelfAttention(SelfAttention):
                 "call returned or model.make_cache(), or none and use_cache=True."
             )
         return layer
+
+
+def performer_layers(model: nn.Module) -> list[PerformerSelfAttention]:
+    """Every Performer attention in a model, in order."""
+    return [module for module in model.modules() if isinstance(module, PerformerSelfAttention)]

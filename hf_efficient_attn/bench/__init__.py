@@ -13,7 +13,8 @@ from .memory import GIB, MIB, available_bytes
 from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
-from .study import Study, run_study, study_app
+from .study import Study, run_script, study_app
+from .turns import forward_or_gradients, take_turns
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "check_outputs",
     "describe",
     "environment_line",
+    "forward_or_gradients",
     "make_cases",
     "markdown_tables",
     "memory_bound",
@@ -42,9 +44,10 @@ __all__ = [
     "ratio_lines",
     "require_extras",
     "run_cases",
-    "run_study",
+    "run_script",
     "split_names",
     "split_numbers",
     "study_app",
+    "take_turns",
     "write_csv",
 ]

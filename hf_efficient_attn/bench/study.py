@@ -112,7 +112,7 @@ def study_app(study: Study) -> typer.Typer:
     return app
 
 
-def run_study(app: typer.Typer) -> None:
+def run_script(app: typer.Typer) -> None:
     """Run a script's command; wrong input ends it with one line."""
     try:
         app()

@@ -57,6 +57,15 @@ class TaskModel:
     def _add_head(self, config: EffEncoderConfig) -> None:
         raise NotImplementedError(f"{type(self).__name__} adds no head.")
 
+    def _text_state(
+        self, outputs: Any, input_ids: Tensor | None, attention_mask: Tensor | None, pooled: bool
+    ) -> Tensor:
+        """What stands for a whole text, `[batch, hidden]`: the pooled first token, or its state as it is."""
+        if pooled:
+            return outputs.pooler_output
+        states = outputs.last_hidden_state
+        return first_token(states, self.base_model.key_padding_mask(input_ids, attention_mask, states.shape[:2]))
+
 
 class LanguageModel(TaskModel):
     """A head that predicts tokens, tied to the word embeddings."""
@@ -201,11 +210,7 @@ class ForSequenceClassification(TaskModel):
         outputs = self.base_model(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
         )
-        pooled = outputs.pooler_output
-        if not self.head_class.reads_pooler:
-            mask = self.base_model.key_padding_mask(input_ids, attention_mask, outputs.last_hidden_state.shape[:2])
-            pooled = first_token(outputs.last_hidden_state, mask)
-        logits = self.classifier(pooled)
+        logits = self.classifier(self._text_state(outputs, input_ids, attention_mask, self.head_class.reads_pooler))
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -371,11 +376,10 @@ class ForMultipleChoice(TaskModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask)
         flat = [None if x is None else x.flatten(0, 1) for x in inputs]
         outputs = self.base_model(*flat, **kwargs)
-        pooled = outputs.pooler_output
+        state = self._text_state(outputs, *flat[:2], self.reads_pooler)
         if not self.reads_pooler:
-            mask = self.base_model.key_padding_mask(*flat[:2], outputs.last_hidden_state.shape[:2])
-            pooled = torch.relu(self.pre_classifier(first_token(outputs.last_hidden_state, mask)))
-        logits = self.classifier(self.dropout(pooled)).view(-1, choices)
+            state = torch.relu(self.pre_classifier(state))
+        logits = self.classifier(self.dropout(state)).view(-1, choices)
         loss = None if labels is None else choice_loss(logits, labels)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

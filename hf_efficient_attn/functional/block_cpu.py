@@ -89,7 +89,6 @@ class _Chunk(NamedTuple):
     """Some blocks of queries: which ones, the blocks they attend, and what must not be attended."""
 
     rows: Tensor
-    first: int
     entries: Tensor
     bias: Tensor | None
 
@@ -139,14 +138,14 @@ class _Part:
             if any(masked[some]):
                 seen = self.used[self.lists[some]] & ~self.empty[some][..., None]
                 bias = masked_bias(seen.flatten(1)[:, None], self.blocks.dtype)
-            first = start + self.blocks.layout.global_blocks
-            yield _Chunk(self.rows[some], first, self.lists[some].flatten(), bias)
+            yield _Chunk(self.rows[some], self.lists[some].flatten(), bias)
 
     def rows_of(self, name: str, places: Tensor, chunk: "_Chunk") -> Tensor:
         """The chunk's own blocks, `[rows, size, d]`; where they lie side by side a view."""
         if self.heads > 1:
             return self.of(name, places, chunk.rows)
-        return places[chunk.first : chunk.first + chunk.rows.shape[0]].view(-1, self.size, self.width)
+        first = int(chunk.rows[0])
+        return places[first : first + chunk.rows.shape[0]].view(-1, self.size, self.width)
 
     def write_product(self, target: Tensor, chunk: "_Chunk", left: Tensor, right: Tensor, factor: float) -> None:
         """`left right factor` as the chunk's own blocks of `target`."""
@@ -199,6 +198,20 @@ class _Part:
             scores += chunk.bias
         probs = torch.ops.aten._softmax.out(scores, -1, False, out=self.take("probs", *scores.shape))
         return probs, keys
+
+    def through_softmax(
+        self, probs: Tensor, above: Tensor, values: Tensor, dropout: DropoutReplay, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The probabilities after dropout, and the gradient of the scores, from `above`, that of the product."""
+        probs_grad = torch.bmm(above, values.transpose(1, 2), out=self.take("probs_grad", *probs.shape))
+        used = probs
+        if dropout.p > 0.0:
+            kept = dropout.kept(probs, self.blocks.scratch, generator)
+            probs_grad.mul_(kept)
+            used = kept.mul_(probs)
+        scores_grad = self.take("scores_grad", *probs.shape)
+        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, probs.dtype, grad_input=scores_grad)
+        return used, scores_grad
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Scratch memory."""
@@ -258,17 +271,10 @@ def _write_gradients(
         probs, keys = part.probs(chunk)
         above = part.rows_of("above", result_grad, chunk)
         values = part.of("values", part.value, chunk.entries, entries)
-        probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("probs_grad", *probs.shape))
-        used = probs
-        if dropout.p > 0.0:
-            kept = dropout.kept(probs, blocks.scratch, generator)
-            probs_grad.mul_(kept)
-            used = kept.mul_(probs)
+        used, scores_grad = part.through_softmax(probs, above, values, dropout, generator)
         copies = part.take("copies", *values.shape)
         torch.bmm(used.transpose(1, 2), above, out=copies)
         totals[2].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
-        scores_grad = part.take("scores_grad", *probs.shape)
-        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, blocks.dtype, grad_input=scores_grad)
         torch.bmm(scores_grad.transpose(1, 2), part.rows_of("queries", part.query, chunk), out=copies)
         totals[1].index_add_(0, chunk.entries, copies.view(chunk.entries.shape[0], -1))
         part.write_product(totals[0], chunk, scores_grad, keys, part.scale)
@@ -288,15 +294,8 @@ def _add_global_gradients(
         query_total, key_total, value_total = (part.by_example(total, example) for total in totals)
         probs = part.global_probs(example, rows)
         values = part.by_example(part.value, example)
-        probs_grad = torch.bmm(above, values.transpose(1, 2), out=part.take("global grad", *probs.shape))
-        used = probs
-        if dropout.p > 0.0:
-            kept = dropout.kept(probs, part.blocks.scratch, generator)
-            probs_grad.mul_(kept)
-            used = kept.mul_(probs)
+        used, scores_grad = part.through_softmax(probs, above, values, dropout, generator)
         value_total.baddbmm_(used.transpose(1, 2), above)
-        scores_grad = part.take("global scores_grad", *probs.shape)
-        torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, probs.dtype, grad_input=scores_grad)
         key_total.baddbmm_(scores_grad.transpose(1, 2), part.by_example(part.query, example)[:, rows])
         query_total[:, rows] = torch.bmm(scores_grad, part.by_example(part.key, example)).mul_(part.scale)
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from ...attention.performer import PerformerSelfAttention
+from ...attention.performer import PerformerSelfAttention, performer_layers
 from ...encoder.causal_lm import ForCausalLM
 from ...encoder.heads import BertLMHead, PooledClassificationHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
@@ -63,9 +63,8 @@ class EffPerformerPreTrainedModel(EffPreTrainedModel):
         They are a pure function of `config.projection_seed`, the layer and `count`. A cache from before is of no use
         afterwards.
         """
-        for module in self.modules():
-            if isinstance(module, PerformerSelfAttention):
-                module.redraw_(count)
+        for layer in performer_layers(self):
+            layer.redraw_(count)
 
 
 class EffPerformerModel(EffEncoderModel, EffPerformerPreTrainedModel):
