@@ -7,11 +7,14 @@ bool, True = attend. Rows of padding positions, and rows that may attend nothing
 
 from .big_bird import big_bird_attention, dense_big_bird_attention
 from .block_layout import count_text_blocks
+from .chunk_attention import chunk_attention, dense_chunk_attention
+from .chunk_plan import valid_counts
 from .dense import dense_attention, softmax_attention
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
 from .inputs import count_blocks, zero_padding
+from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
 from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
@@ -25,19 +28,24 @@ __all__ = [
     "PerformerState",
     "TokenSlots",
     "big_bird_attention",
+    "chunk_attention",
     "count_blocks",
     "count_text_blocks",
     "dense_attention",
     "dense_big_bird_attention",
+    "dense_chunk_attention",
     "dense_nystrom_attention",
     "dense_performer_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
+    "hash_buckets",
+    "hash_rotations",
     "nystrom_attention",
     "orthogonal_features",
     "performer_attention",
     "performer_step",
     "pick_random_blocks",
+    "powers_of_two",
     "projected_attention",
     "random_draws",
     "replace_tokens",
@@ -45,6 +53,8 @@ __all__ = [
     "sliding_window_allowed",
     "sliding_window_attention",
     "softmax_attention",
+    "table_sizes",
+    "valid_counts",
     "window_block_mask",
     "zero_padding",
 ]

@@ -3,35 +3,17 @@
 import torch
 from torch import Tensor
 
+from .counter_random import counter_draws
+
 
 _BITS = 32
-_MASK = 2**_BITS - 1
 _NOWHERE = 2**31  # a block number behind all others
 
 
-def _mixed(number: Tensor) -> Tensor:
-    """A hash of 32-bit numbers, held in int64: each factor is below 2^31, so that no product overflows."""
-    number = ((number ^ (number >> 16)) * 0x21F0AAAD) & _MASK
-    number = ((number ^ (number >> 15)) * 0x735A2D97) & _MASK
-    return number ^ (number >> 15)
-
-
 def random_draws(seed: int, layer: int, heads: int, rows: int, count: int, device: torch.device) -> Tensor:
-    """Uniform numbers in `[0, 2^32)`, int64 `[heads, rows, count]`.
-
-    A number depends on `seed`, `layer` and its own place only: neither on the device, nor on how many there are.
-    """
-    hashed = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
-    for part in (
-        torch.full_like(hashed, seed % 2**31),
-        torch.full_like(hashed, seed // 2**31 % 2**31),
-        torch.full_like(hashed, layer),
-        torch.arange(heads, device=device)[:, None, None],
-        torch.arange(rows, device=device)[:, None],
-        torch.arange(count, device=device),
-    ):
-        hashed = _mixed((hashed + (part + 1) * 0x1E3779B9) & _MASK)
-    return hashed
+    """Uniform numbers in `[0, 2^32)`, int64 `[heads, rows, count]`, as `counter_draws` gives them."""
+    head, row, number = (torch.arange(size, device=device) for size in (heads, rows, count))
+    return counter_draws(seed, layer, head[:, None, None], row[:, None], number, device=device)
 
 
 def pick_random_blocks(draws: Tensor, blocks: Tensor, *, ends_are_global: bool) -> Tensor:

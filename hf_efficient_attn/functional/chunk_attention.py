@@ -1,0 +1,246 @@
+"""Attention of chunks to neighbouring chunks, of the text as it is or sorted by bucket, in one round or several."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .chunk_plan import ChunkPlan, meeting_counts, plan_chunks
+from .dense import masked_softmax
+from .inputs import check_qkv, zero_padding
+
+
+# What the score of a token with itself loses where it should attend itself only if there is nothing else.
+SELF_PENALTY = 1e5
+_FEW_QUERIES = 64
+# Far below every score with its penalties, and far enough from the end of float32 to add to.
+_EXCLUDED = -1e30
+
+
+def _bias(
+    plan: ChunkPlan,
+    buckets: Tensor | None,
+    reach: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    exclude_self: bool,
+) -> Tensor:
+    """What is added to scores: `[b or 1, h or 1, rounds * chunks, chunk_length, keys]`.
+
+    With `buckets` only tokens of one bucket meet, and a pair counts once however often it meets.
+    """
+    tokens = plan.tokens()
+    keys, queries = plan.of_neighbours(tokens).flatten(3)[:, :, :, None], tokens[..., None]
+    filled = plan.of_neighbours(plan.filled[:, None]) & plan.seen[:, None, :, :, None]
+    allowed = filled.flatten(3)[:, :, :, None]
+    if causal:
+        allowed = allowed & (keys <= queries)
+    bias = torch.zeros((), dtype=dtype, device=tokens.device)
+    if buckets is not None:
+        same, meetings = _meetings(plan, buckets, reach)
+        allowed = allowed & same
+        # A pair that meets n times has n shares of 1 / n.
+        bias = -meetings.clamp(min=1).to(dtype).log()
+    if exclude_self:
+        bias = torch.where(keys == queries, bias - SELF_PENALTY, bias)
+    return torch.where(allowed, bias, _EXCLUDED)
+
+
+def _meetings(plan: ChunkPlan, buckets: Tensor, reach: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Whether a query and a key have one bucket in the query's round, and in how many rounds they meet.
+
+    Both `[batch, heads, rounds * chunks, chunk_length, keys]`, for plans that do not wrap; `reach` is the number of
+    chunks before and after the own one.
+    """
+    tokens, rounds = plan.tokens(), plan.order.shape[2]
+    batch, heads = buckets.shape[:2]
+    index = tokens.expand(batch, heads, -1, -1).flatten(2)
+    number = torch.arange(rounds, device=index.device).repeat_interleave(tokens.shape[2] // rounds)
+    same = torch.zeros((), dtype=torch.bool, device=index.device)
+    total = torch.zeros((), dtype=torch.long, device=index.device)
+    for hash_round in range(rounds):
+        chunk = (plan.inverse[:, :, hash_round] // plan.chunk_length).expand(batch, heads, -1).gather(2, index)
+        bucket = buckets[:, :, hash_round].gather(2, index)
+        chunk, bucket = (x.unflatten(2, (-1, plan.chunk_length)) for x in (chunk, bucket))
+        distance = plan.of_neighbours(chunk).flatten(3)[:, :, :, None] - chunk[..., None]
+        equal = plan.of_neighbours(bucket).flatten(3)[:, :, :, None] == bucket[..., None]
+        total = total + (equal & (distance >= -reach[0]) & (distance <= reach[1]))
+        same = same | (equal & (number == hash_round)[:, None, None])
+    return same, total
+
+
+def _rounds_together(mixed: Tensor, logsumexp: Tensor, plan: ChunkPlan) -> Tensor:
+    """Sorted results of all rounds `[batch, heads, rounds * chunks, chunk_length, head_dim]` as one, in token order."""
+    batch, heads, _, _, width = mixed.shape
+    rounds = plan.order.shape[2]
+    place = plan.inverse.expand(batch, heads, -1, -1)
+    mixed = mixed.flatten(2, 3).unflatten(2, (rounds, -1)).gather(3, place[..., None].expand(-1, -1, -1, -1, width))
+    if rounds == 1:
+        return mixed[:, :, 0]
+    share = logsumexp.flatten(2).unflatten(2, (rounds, -1)).gather(3, place).softmax(dim=2)
+    return (mixed * share[..., None].to(mixed.dtype)).sum(dim=2)
+
+
+def chunk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    buckets: Tensor | None,
+    chunk_length: int,
+    chunks_before: int,
+    chunks_after: int,
+    causal: bool,
+    released: bool,
+    exclude_self: bool,
+) -> Tensor:
+    """Softmax attention of each token to its chunk and neighbouring chunks.
+
+    With `buckets` tokens are sorted by bucket and position, in each round on their own, and chunks are of that order
+    (LSH attention); without they are of the text (local attention). Chunks count an example's valid tokens from the
+    first. A token's results of several rounds are weighted by `exp` of their log-sum-exp.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`; a causal `query` may be shorter, the last tokens.
+        key_padding_mask: `[batch, length]` bool, True = attend.
+        scale: factor of the scores, `head_dim ** -0.5` by default.
+        dropout_p: dropout of the probabilities of each round.
+        buckets: int64 `[batch, heads, rounds, length]`, or None.
+        chunk_length: tokens of a chunk, 1 or more.
+        chunks_before, chunks_after: neighbouring chunks that a chunk attends besides itself.
+        causal: no token attends a later one, wherever sorting puts it.
+        released: as in the released code, a token attends all of these chunks, the first chunk has the last one of the
+            round before it as neighbour (the first round's that of the last round), and a pair that meets in several
+            rounds counts as often. Otherwise as in the paper: only tokens of its own bucket, nothing before the first
+            chunk, and each pair counts once.
+        exclude_self: a token attends itself only where it may attend nothing else.
+
+    Returns:
+        As `query`, 0 at padding.
+
+    Raises:
+        ValueError: shapes that do not fit, a chunk without tokens.
+
+    Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(rounds * length * (chunk + log length)), memory O(rounds *
+    length * chunk).
+    """
+    _check(query, key, value, key_padding_mask, buckets, chunk_length, chunks_before, chunks_after, causal)
+    queries, length = query.shape[2], key.shape[2]
+    options = {"scale": scale, "dropout_p": dropout_p, "buckets": buckets, "chunk_length": chunk_length}
+    options |= {"chunks_before": chunks_before, "chunks_after": chunks_after, "causal": causal, "released": released}
+    options |= {"exclude_self": exclude_self}
+    if queries < length:
+        if queries <= _FEW_QUERIES:
+            return dense_chunk_attention(query, key, value, key_padding_mask, **options)[0]
+        query = F.pad(query, (0, 0, length - queries, 0))
+        return chunk_attention(query, key, value, key_padding_mask, **options)[:, :, length - queries :]
+    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
+    plan = plan_chunks(
+        buckets,
+        key_padding_mask,
+        length,
+        query.device,
+        chunk_length=chunk_length,
+        chunks_before=chunks_before,
+        chunks_after=chunks_after,
+        wrap=released,
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    index = plan.order.flatten(2)[..., None].expand(*query.shape[:2], -1, query.shape[3])
+    own, keys, values = (x.gather(2, index).unflatten(2, (-1, chunk_length)) for x in (query * scale, key, value))
+    keys, values = (plan.of_neighbours(x).flatten(3, 4) for x in (keys, values))
+    scores = torch.matmul(own, keys.transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    only, reach = None if released else buckets, (chunks_before, chunks_after)
+    scores = scores + _bias(plan, only, reach, scores.dtype, causal=causal, exclude_self=exclude_self)
+    logsumexp = scores.logsumexp(dim=-1)
+    probs = (scores - logsumexp[..., None]).exp().to(value.dtype)
+    mixed = torch.matmul(F.dropout(probs, dropout_p) if dropout_p > 0.0 else probs, values)
+    return zero_padding(_rounds_together(mixed.to(value.dtype), logsumexp, plan), key_padding_mask)
+
+
+def dense_chunk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    buckets: Tensor | None,
+    chunk_length: int,
+    chunks_before: int,
+    chunks_after: int,
+    causal: bool,
+    released: bool,
+    exclude_self: bool,
+) -> tuple[Tensor, Tensor]:
+    """`chunk_attention` with the whole matrix in memory; arguments and errors as there.
+
+    A pair that meets n times has n times the weight.
+
+    Returns:
+        The result `[batch, heads, queries, head_dim]` and the weights before dropout `[batch, heads, queries, length]`.
+
+    Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(rounds^2 * queries * length), memory O(queries * length).
+    """
+    _check(query, key, value, key_padding_mask, buckets, chunk_length, chunks_before, chunks_after, causal)
+    queries, length = query.shape[2], key.shape[2]
+    own_mask = None if key_padding_mask is None else key_padding_mask[:, -queries:]
+    query = zero_padding(query, own_mask)
+    key, value = (zero_padding(x, key_padding_mask) for x in (key, value))
+    plan = plan_chunks(
+        buckets,
+        key_padding_mask,
+        length,
+        query.device,
+        chunk_length=chunk_length,
+        chunks_before=chunks_before,
+        chunks_after=chunks_after,
+        wrap=released,
+    )
+    met = meeting_counts(plan, None if released else buckets, queries)
+    allowed = met > 0
+    if key_padding_mask is not None:
+        allowed = allowed & key_padding_mask[:, None, None, :] & own_mask[:, None, :, None]
+    places = torch.arange(length, device=query.device)
+    if causal:
+        allowed = allowed & (places <= places[-queries:, None])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if released:
+        scores = scores + met.clamp(min=1).to(scores.dtype).log()
+    if exclude_self:
+        scores = torch.where(places == places[-queries:, None], scores - SELF_PENALTY, scores)
+    weights = masked_softmax(scores, allowed).to(query.dtype)
+    mixed = torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
+    return mixed.to(query.dtype), weights
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    buckets: Tensor | None,
+    chunk_length: int,
+    chunks_before: int,
+    chunks_after: int,
+    causal: bool,
+) -> None:
+    check_qkv(query, key, value, key_padding_mask, last_queries=causal)
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length = {chunk_length}: a chunk has 1 token or more.")
+    if min(chunks_before, chunks_after) < 0:
+        raise ValueError(f"chunks_before = {chunks_before} and chunks_after = {chunks_after} must be 0 or more.")
+    if buckets is not None:
+        expected = (key.shape[0], key.shape[1], key.shape[2])
+        if buckets.dim() != 4 or (*buckets.shape[:2], buckets.shape[3]) != expected:
+            raise ValueError(
+                f"buckets must be [batch, heads, rounds, length] = [{expected[0]}, {expected[1]}, rounds, "
+                f"{expected[2]}], got {list(buckets.shape)}."
+            )
