@@ -12,7 +12,8 @@ from .auto import FAMILIES, public_names, register
 
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
-    from .callbacks import RedrawProjections
+    from .byte_tokenizer import byte_tokenizer
+    from .callbacks import RedrawProjections, RedrawRotations
     from .data import DataCollatorWithGlobalAttention
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
@@ -57,6 +58,17 @@ if TYPE_CHECKING:
         EffPerformerModel,
         EffPerformerPreTrainedModel,
     )
+    from .models.eff_reformer.configuration_eff_reformer import EffReformerConfig
+    from .models.eff_reformer.modeling_eff_reformer import (
+        EffReformerForCausalLM,
+        EffReformerForMaskedLM,
+        EffReformerForMultipleChoice,
+        EffReformerForQuestionAnswering,
+        EffReformerForSequenceClassification,
+        EffReformerForTokenClassification,
+        EffReformerModel,
+        EffReformerPreTrainedModel,
+    )
     from .question_answering import QuestionAnswerer
 
 __version__ = "0.1.0"
@@ -67,6 +79,8 @@ _OTHER_NAMES = {
     "DataCollatorWithGlobalAttention": ".data",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
+    "RedrawRotations": ".callbacks",
+    "byte_tokenizer": ".byte_tokenizer",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]

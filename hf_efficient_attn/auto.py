@@ -63,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
     "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
     "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
+    "eff_reformer": Family("Reformer", "eff_reformer", ENCODER_HEADS | CAUSAL_HEADS, "ReformerTokenizer"),
 }
 
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"

@@ -1,15 +1,51 @@
 """Callbacks for transformers' Trainer."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from .attention.lsh import lsh_layers
 from .attention.performer import performer_layers
 
 
-class RedrawProjections(TrainerCallback):
+class _Redraw(TrainerCallback):
+    """Draws what is random in `layers` of `kind` anew every `every` optimizer steps."""
+
+    layers: ClassVar[Callable[[nn.Module], list[Any]]]
+    kind: ClassVar[str]
+
+    def __init__(self, every: int) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every = {every!r}: give the optimizer steps from one draw to the next, 1 or more.")
+        self.every = every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Looks whether there is anything to draw."""
+        if not self.layers(model):
+            raise ValueError(
+                f"{type(self).__name__} got a {type(model).__name__} without {self.kind} layers; leave the callback "
+                "out."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Draws if it is time."""
+        if state.global_step % self.every == 0:
+            self.redraw(model, state.global_step // self.every)
+
+    def redraw(self, model: nn.Module, count: int) -> None:
+        """Puts what comes after `count` redraws in place."""
+        for layer in self.layers(model):
+            layer.redraw_(count)
+
+
+class RedrawProjections(_Redraw):
     """Draws the random projections of Performer layers anew in training, every `every` optimizer steps.
 
     Which ones come is a pure function of the config's `projection_seed`, the layer and the step: the same on every
@@ -28,24 +64,43 @@ class RedrawProjections(TrainerCallback):
     ```
     """
 
-    def __init__(self, every: int) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every = {every!r}: give the optimizer steps from one draw to the next, 1 or more.")
-        self.every = every
+    layers = staticmethod(performer_layers)
+    kind = "Performer"
+
+
+class RedrawRotations(_Redraw):
+    """Gives LSH layers (Reformer) other hash directions in training, every `every` optimizer steps.
+
+    Which ones come is a pure function of the config's `hash_seed`, the layer, the round and the step: the same on every
+    rank, and after a resume as without the interruption. They are no weights and are not saved: at the end of the
+    training the model has the first ones again, as it will have when it is loaded. The released code draws at every
+    step.
+
+    Args:
+        every: optimizer steps from one draw to the next, 1 or more.
+
+    Raises:
+        ValueError: `every` below 1; at the start of the training, a model without LSH layers.
+
+    Example:
+
+    ```python
+    >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[RedrawRotations(every=1)])
+    ```
+    """
+
+    layers = staticmethod(lsh_layers)
+    kind = "LSH"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Looks whether there is anything to draw."""
-        if not performer_layers(model):
-            raise ValueError(
-                f"RedrawProjections got a {type(model).__name__} without Performer layers; leave the callback out."
-            )
+        """Looks whether there is anything to draw, and draws what a resumed run had."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        self.redraw(model, state.global_step // self.every)
 
-    def on_step_end(
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Draws if it is time."""
-        if state.global_step % self.every == 0:
-            for layer in performer_layers(model):
-                layer.redraw_(state.global_step // self.every)
+        """Puts the first ones back."""
+        self.redraw(model, 0)

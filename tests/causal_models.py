@@ -25,9 +25,18 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
         "dilated prefix": {"causal_global": "prefix", "attention_dilation": [2, [1, 2, 1, 3]]},
     },
     "eff_performer": {"plain": {}, "relu": {"kernel": "relu"}},
+    # One LSH layer, the last: a text that goes on sorts all its tokens anew, which earlier states do not see.
+    "eff_reformer": {
+        "plain": {"num_buckets": 4},
+        "paper": {"num_buckets": 4, "chunk_rule": "paper"},
+        "local": {"attn_layers": ["local"]},
+    },
 }
 FAMILY = pytest.mark.parametrize("family", CAUSAL)
 FORM = pytest.mark.parametrize(("family", "form"), [(family, form) for family in CAUSAL for form in FORMS[family]])
+# Sorting puts a token among others by what comes later, too, though it attends none of that: each row is compared as
+# the last of the text so far.
+SORTS = [("eff_reformer", "plain"), ("eff_reformer", "paper")]
 LENGTH = 40  # more than three times the widest window
 
 
@@ -44,6 +53,15 @@ def inputs_of(form: str, lengths: list[int], side: str = "left") -> dict[str, Te
         wanted = torch.tensor([3, 1, 0, 5][: len(lengths)])[:, None]
         inputs["global_attention_mask"] = ((keep.cumsum(1) <= wanted) & keep.bool()).long()
     return inputs
+
+
+def at_once(model: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int]) -> Tensor:
+    """Logits of pieces of a text, each as the last ones of all that has been read by then, without a cache."""
+    logits, stop = [], 0
+    for size in sizes:
+        stop += size
+        logits.append(model(**{name: x[:, :stop] for name, x in inputs.items()}, use_cache=False).logits[:, -size:])
+    return torch.cat(logits, dim=1)
 
 
 def in_chunks(model: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int]) -> tuple[Tensor, Cache]:

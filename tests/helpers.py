@@ -36,6 +36,9 @@ TINY_OPTIONS = {
     "num_landmarks": 8,
     "conv_kernel_size": 5,
     "num_features": 20,
+    "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 16,
+    "num_hashes": 2,
     "sep_token_id": 2,  # some defaults lie beyond the tiny vocabulary
 }
 
@@ -61,6 +64,19 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     known = {field.name for field in fields(cls)}
     options = {name: value for name, value in TINY_OPTIONS.items() if name in known}
     return cls(**{**TINY, **options, **overrides})
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The encoder layers of a model, by whichever of the published names."""
+    encoder = model.base_model.encoder
+    return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
+
+
+def feed_forward_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """First and second half of a layer's feed-forward part."""
+    if hasattr(layer, "intermediate"):
+        return layer.intermediate, layer.output
+    return layer.feed_forward.dense, layer.feed_forward.output
 
 
 def randomise_(model: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:

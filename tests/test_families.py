@@ -6,7 +6,16 @@ import tempfile
 
 import pytest
 import torch
-from helpers import config_class, mask_of, model_class, random_ids, randomise_, tiny_config
+from helpers import (
+    config_class,
+    feed_forward_of,
+    layers_of,
+    mask_of,
+    model_class,
+    random_ids,
+    randomise_,
+    tiny_config,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -109,8 +118,10 @@ def test_alone_is_padded_is_batched(family: str, auto: str, side: str, backend: 
     if "global_attention_mask" in inputs:
         inputs["global_attention_mask"] = mark_global(mask, model.config.is_decoder)
     batched = result_of(model, inputs)
-    typed = dict(inputs, token_type_ids=inputs["input_ids"] % 2)
-    poisoned = {name: torch.where(mask.bool(), typed[name], 1) for name in ("input_ids", "token_type_ids")}
+    typed = dict(inputs)
+    if model.config.type_vocab_size > 0:
+        typed["token_type_ids"] = inputs["input_ids"] % 2
+    poisoned = {name: torch.where(mask.bool(), typed[name], 1) for name in typed if name.endswith("_ids")}
     found = result_of(model, {**typed, **poisoned})
     per_token = found.dim() >= 2 and found.shape[1] == length
     for row in range(3):
@@ -169,7 +180,7 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str, auto: str) ->
     assert getattr(checkpointed, f"is_{name}")
     inputs = batch_of(plain, auto, 2, 41)
     calls = []
-    checkpointed.base_model.encoder.layer[0].intermediate.register_forward_hook(lambda *_: calls.append(1))
+    feed_forward_of(layers_of(checkpointed)[0])[0].register_forward_hook(lambda *_: calls.append(1))
     for model in (plain, checkpointed):
         torch.manual_seed(0)
         loss_of(model, inputs).backward()
@@ -186,7 +197,9 @@ def test_recorded_states_and_weights_have_the_documented_shapes(family: str) -> 
     config = model.config
     assert [x.shape for x in outputs.hidden_states] == [(2, 37, config.hidden_size)] * (config.num_hidden_layers + 1)
     assert [x.shape for x in outputs.attentions] == [(2, config.num_attention_heads, 37, 37)] * config.num_hidden_layers
-    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    assert outputs.last_hidden_state.shape == (2, 37, config.output_size)
+    if config.output_size == config.hidden_size:
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
     sdpa = build(family, "AutoModel")
     found = sdpa(**inputs, output_hidden_states=True)
     for a, b in zip(outputs.hidden_states, found.hidden_states, strict=True):
@@ -209,13 +222,13 @@ def test_copies_and_pickles_still_record(family: str) -> None:
 @FAMILY
 def test_a_copy_keeps_the_users_hooks(family: str) -> None:
     model = build(family, "AutoModel")
-    model.encoder.layer[0].register_forward_hook(_halve)
+    layers_of(model)[0].register_forward_hook(_halve)
     inputs = batch_of(model, "AutoModel", 1, 9)
     assert torch.equal(result_of(copy.deepcopy(model), inputs), result_of(model, inputs))
 
 
-def _halve(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output / 2
+def _halve(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return output / 2 if isinstance(output, Tensor) else tuple(x / 2 for x in output)
 
 
 @FAMILY
@@ -327,7 +340,8 @@ def test_resize_of_embeddings(family: str) -> None:
     after = result_of(model, inputs)
     assert after.shape[-1] == 80
     torch.testing.assert_close(after[..., :64], before, rtol=0, atol=1e-6)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder).eval()
@@ -350,20 +364,22 @@ def test_shapes_without_values(family: str, train: bool) -> None:
     with torch.device("meta"):
         model = model_class(family, "AutoModel")(tiny_config(family, hidden_dropout_prob=0.1)).train(train)
         ids = torch.zeros(2, 20, dtype=torch.long)
-    assert model(ids).last_hidden_state.shape == (2, 20, 32)
+    assert model(ids).last_hidden_state.shape == (2, 20, model.config.output_size)
 
 
 @FAMILY
 def test_layers_of_the_users_own(family: str) -> None:
     """Whatever stands in for a linear map or a dropout, and whoever watches them, training goes on."""
     model = build(family, "AutoModelForSequenceClassification", hidden_dropout_prob=0.3).train()
-    layer = model.base_model.encoder.layer[0]
-    layer.output.dense = nn.Sequential(layer.output.dense, nn.Tanh())
-    layer.attention.output.dropout = nn.AlphaDropout(0.5)
-    layer.attention.output.dense.register_full_backward_hook(lambda *_: None)
+    first, second = layers_of(model)
+    output = feed_forward_of(first)[1]
+    output.dense = nn.Sequential(output.dense, nn.Tanh())
+    first.attention.output.dropout = nn.AlphaDropout(0.5)
+    first.attention.output.dense.register_full_backward_hook(lambda *_: None)
     seen = []
-    model.base_model.encoder.layer[1].output.dropout.register_forward_pre_hook(lambda module, args: seen.append(args))
-    model.base_model.encoder.layer[1].attention.output.dropout = nn.Identity()
+    feed_forward_of(second)[1].dropout.register_forward_pre_hook(lambda module, args: seen.append(args))
+    second.attention.output.dropout = nn.Identity()
     loss_of(model, batch_of(model, "AutoModelForSequenceClassification", 2, 20)).backward()
-    assert len(seen) == 1
+    # Reversible layers run again in the backward pass.
+    assert len(seen) == (2 if getattr(model.config, "reversible", False) else 1)
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from causal_models import AUTO, FAMILY, FORM, LENGTH, build, in_chunks, inputs_of
+from causal_models import AUTO, FAMILY, FORM, LENGTH, SORTS, at_once, build, in_chunks, inputs_of
 from frame_family import FrameConfig
 from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, tiny_config, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache, pipeline
@@ -22,11 +22,11 @@ def test_step_by_step_is_all_at_once(family: str, form: str, backend: str, sizes
     """Also with padding on the left, which prefixes of global tokens and chunks straddle."""
     model = build(family, form, attn_implementation=backend)
     inputs = inputs_of(form, [LENGTH, 33, 12])
-    whole = model(**inputs, use_cache=False)
-    assert whole.past_key_values is None
+    assert model(**inputs, use_cache=False).past_key_values is None
     logits, past = in_chunks(model, inputs, sizes)
     seen = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[seen], whole.logits[seen], rtol=1e-4, atol=2e-4)
+    whole = at_once(model, inputs, sizes if (family, form) in SORTS else [LENGTH])
+    torch.testing.assert_close(logits[seen], whole[seen], rtol=1e-4, atol=2e-4)
     assert past.get_seq_length() == LENGTH
 
 
@@ -39,9 +39,11 @@ def test_long_chunks_after_a_cache(family: str, form: str) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask_of([250, 190], 250, "left")}
     if "prefix" in form:
         inputs["global_attention_mask"] = (inputs["attention_mask"].cumsum(1) == 1).long() * inputs["attention_mask"]
-    logits, _ = in_chunks(model, inputs, [30, 130, 90])
+    sizes = [30, 130, 90]
+    logits, _ = in_chunks(model, inputs, sizes)
     seen = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[seen], model(**inputs).logits[seen], rtol=1e-4, atol=2e-4)
+    whole = at_once(model, inputs, sizes if (family, form) in SORTS else [250])
+    torch.testing.assert_close(logits[seen], whole[seen], rtol=1e-4, atol=2e-4)
 
 
 @FORM
@@ -52,13 +54,14 @@ def test_without_masks_every_token_counts(family: str, form: str) -> None:
     ids[:, 11] = model.config.pad_token_id  # an id like any other
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pieces, start, past = [], 0, None
-    for size in (7, 1, 32):
+    sizes = [7, 1, 32]
+    for size in sizes:
         outputs = model(ids[:, start : start + size], past_key_values=past)
         start, past = start + size, outputs.past_key_values
         pieces.append(outputs.logits)
-    whole = model(**inputs).logits
+    whole = at_once(model, inputs, sizes if (family, form) in SORTS else [LENGTH])
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=2e-4)
-    torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(ids).logits, model(**inputs).logits, rtol=0, atol=1e-6)
 
 
 @FORM
@@ -70,7 +73,8 @@ def test_no_token_depends_on_a_later_one(family: str, form: str) -> None:
     )
     with torch.no_grad():
         a, b = model(**inputs).logits, model(**other).logits
-    assert torch.equal(a[:, :21], b[:, :21])
+    if (family, form) not in SORTS:
+        assert torch.equal(a[:, :21], b[:, :21])
     assert not torch.equal(a[0, 21:], b[0, 21:])
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     model(inputs_embeds=embedded, **inputs).logits[0, 20].sum().backward()

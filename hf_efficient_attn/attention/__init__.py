@@ -2,7 +2,9 @@
 
 from .base import SelfAttention
 from .big_bird import BigBirdSelfAttention
+from .local import LocalSelfAttention
 from .longformer import LongformerSelfAttention
+from .lsh import LSHSelfAttention
 from .nystromformer import NystromformerSelfAttention
 from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
@@ -10,7 +12,9 @@ from .softmax import SoftmaxSelfAttention
 
 ATTENTIONS: dict[str, type[SelfAttention]] = {
     "big_bird": BigBirdSelfAttention,
+    "local": LocalSelfAttention,
     "longformer": LongformerSelfAttention,
+    "lsh": LSHSelfAttention,
     "nystromformer": NystromformerSelfAttention,
     "performer": PerformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
@@ -19,6 +23,8 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
 __all__ = [
     "ATTENTIONS",
     "BigBirdSelfAttention",
+    "LSHSelfAttention",
+    "LocalSelfAttention",
     "LongformerSelfAttention",
     "NystromformerSelfAttention",
     "PerformerSelfAttention",

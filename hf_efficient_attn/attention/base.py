@@ -16,7 +16,8 @@ class SelfAttention(nn.Module):
 
     Args:
         config: has `hidden_size`, `num_attention_heads`, `attention_probs_dropout_prob` and `_attn_implementation`, and
-            for the causal form `is_decoder`; `qkv_bias`, True where it is not there.
+            for the causal form `is_decoder`; `qkv_bias`, True where it is not there; `attention_head_size`, where heads
+            are not a share of `hidden_size`.
         layer_idx: index of the layer, from 0.
         options: the mechanism's options, an `options_class`; a config that has them as fields by default.
 
@@ -33,6 +34,9 @@ class SelfAttention(nn.Module):
     has_causal_form: ClassVar[bool] = False
     """Whether `is_decoder` gives a form in which no token attends a later one."""
 
+    projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")
+    """The linear maps of the states that are split into heads."""
+
     def __init__(self, config: Any, layer_idx: int, options: Any = None) -> None:
         super().__init__()
         self.is_causal = bool(getattr(config, "is_decoder", False))
@@ -42,25 +46,34 @@ class SelfAttention(nn.Module):
         self.layer_idx = layer_idx
         self.options = config if options is None else options
         self.num_attention_heads = config.num_attention_heads
-        if config.hidden_size % config.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size = {config.hidden_size} is not divisible by num_attention_heads = "
-                f"{config.num_attention_heads}; choose a multiple of the head count."
-            )
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = getattr(config, "attention_head_size", None)
+        if self.head_dim is None:
+            if config.hidden_size % config.num_attention_heads != 0:
+                raise ValueError(
+                    f"hidden_size = {config.hidden_size} is not divisible by num_attention_heads = "
+                    f"{config.num_attention_heads}; choose a multiple of the head count."
+                )
+            self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout_p = float(config.attention_probs_dropout_prob)
-        bias = getattr(config, "qkv_bias", True)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        width, bias = self.num_attention_heads * self.head_dim, getattr(config, "qkv_bias", True)
+        for name in self.projections:
+            self.add_module(name, nn.Linear(config.hidden_size, width, bias=bias))
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[batch, heads, length, head_dim]` of `hidden_states` `[batch, length, hidden]`."""
+        return (
+            self.split(self.query(hidden_states)),
+            self.split(self.key(hidden_states)),
+            self.split(self.value(hidden_states)),
+        )
 
     def split(self, projected: Tensor) -> Tensor:
-        """`[batch, length, hidden]` -> `[batch, heads, length, head_dim]`."""
+        """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
         return projected.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
 
     @staticmethod
     def merge(mixed: Tensor) -> Tensor:
-        """`[batch, heads, length, head_dim]` -> `[batch, length, hidden]`."""
+        """`[batch, heads, length, head_dim]` -> `[batch, length, heads * head_dim]`."""
         return mixed.transpose(1, 2).flatten(2)
 
     def forward(
@@ -73,7 +86,8 @@ class SelfAttention(nn.Module):
             context: what the family's model prepared once for all layers, and `past_key_values`, the cache.
 
         Returns:
-            `[batch, length, hidden]`, and from the eager backend the weights `[batch, heads, length, keys]`, else None.
+            `[batch, length, heads * head_dim]`, and from the eager backend the weights `[batch, heads, length, keys]`,
+            else None.
         """
         backend = self.config._attn_implementation
         if backend not in self.backends:
@@ -81,9 +95,7 @@ class SelfAttention(nn.Module):
                 f"attn_implementation = {backend!r} is not a backend of {type(self).__name__}; "
                 f"choose one of {', '.join(self.backends)}."
             )
-        query = self.split(self.query(hidden_states))
-        key = self.split(self.key(hidden_states))
-        value = self.split(self.value(hidden_states))
+        query, key, value = self.project(hidden_states)
         dropout_p = self.dropout_p if self.training else 0.0
         return self.attend(
             hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context

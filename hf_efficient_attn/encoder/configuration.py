@@ -142,13 +142,19 @@ class EffEncoderConfig(PreTrainedConfig):
         return self.max_position_embeddings - self.first_position
 
     @property
+    def output_size(self) -> int:
+        """Width of the last states."""
+        return self.hidden_size
+
+    @property
     def head_dropout(self) -> float:
         """Dropout of the task heads."""
         return float(self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout)
 
     def check(self) -> None:
         """Raises `ValueError` for a value that breaks a rule; also called when a model is built from this config."""
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads != 0:
+        own_width = getattr(self, "attention_head_size", None) is not None
+        if self.num_attention_heads < 1 or (self.hidden_size % self.num_attention_heads != 0 and not own_width):
             raise ValueError(
                 f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
                 f"{self.num_attention_heads}; choose a multiple of the head count."

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import activation
+from .chunks import in_chunks
 from .configuration import EffEncoderConfig
 
 
@@ -30,6 +31,7 @@ class RobertaLMHead(LMBias):
 
     attribute: ClassVar[str] = "lm_head"
     projection: ClassVar[str] = "lm_head"
+    ties_embeddings: ClassVar[bool] = True
 
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__(config)
@@ -45,6 +47,41 @@ class RobertaLMHead(LMBias):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, vocab_size]`."""
         return self.decoder(self.layer_norm(nn.functional.gelu(self.dense(hidden_states))))
+
+
+class PlainLMHead(nn.Module):
+    """The vocabulary projection alone: Reformer, whose states are twice as wide as its embeddings."""
+
+    attribute: ClassVar[str] = "lm_head"
+    projection: ClassVar[str] = "lm_head"
+    ties_embeddings: ClassVar[bool] = False
+
+    def __init__(self, config: EffEncoderConfig) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(config.output_size, config.vocab_size, bias=False)
+        # Beside the projection, where it is published.
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.chunk_size = config.chunk_size_lm_head
+
+    @property
+    def vocabulary(self) -> "PlainLMHead":
+        """The part that follows the size of the vocabulary."""
+        return self
+
+    def set_decoder(self, decoder: nn.Linear) -> None:
+        """Replace the vocabulary projection, after a resize; new tokens get a bias of 0."""
+        self.decoder = decoder
+        new = self.bias.new_zeros(decoder.out_features)
+        kept = min(len(new), len(self.bias))
+        new[:kept] = self.bias.detach()[:kept]
+        self.bias = nn.Parameter(new, requires_grad=self.bias.requires_grad)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, length, output_size]` -> `[batch, length, vocab_size]`."""
+        return in_chunks(self._logits, self.chunk_size, hidden_states)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(hidden_states) + self.bias
 
 
 class BertTransform(nn.Module):
@@ -79,6 +116,7 @@ class BertLMHead(nn.Module):
 
     attribute: ClassVar[str] = "cls"
     projection: ClassVar[str] = "cls.predictions"
+    ties_embeddings: ClassVar[bool] = True
 
     def __init__(self, config: EffEncoderConfig, next_sentence: bool = False) -> None:
         super().__init__()
@@ -110,13 +148,13 @@ class PooledClassificationHead(nn.Linear):
 
 
 class DenseClassificationHead(nn.Module):
-    """RoBERTa's and Longformer's `classifier`: dense, tanh and `out_proj` on the state of the first token."""
+    """`classifier` of RoBERTa, Longformer, Reformer: dense, tanh and `out_proj` on the state of the first token."""
 
     reads_pooler: ClassVar[bool] = False
 
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.output_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 

@@ -123,6 +123,10 @@ class Encoder(nn.Module):
         pre_norm = config.norm_position == "pre"
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else None
 
+    def attentions(self) -> list[nn.Module]:
+        """The mechanism of each layer."""
+        return [layer.attention.self for layer in self.layer]
+
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape."""
         for layer in self.layer:

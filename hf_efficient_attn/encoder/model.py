@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import (
 
 from .configuration import EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
-from .heads import LMBias
+from .heads import LMBias, PlainLMHead
 from .inputs import as_bool_mask, check_forward_kwargs, check_ids, first_token, input_shape
 from .layer import AttentionBlock, AttentionFactory, Encoder, EncoderLayer, Pooler
 
@@ -49,7 +49,7 @@ class EffPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LMBias) and module.bias is not None:
+        if isinstance(module, LMBias | PlainLMHead) and module.bias is not None:
             init.zeros_(module.bias)
 
 
@@ -65,16 +65,22 @@ class EffEncoderModel:
     attention_class: ClassVar[AttentionFactory]
     """The family's mechanism, `(config, layer_idx) -> module`."""
 
+    embeddings_class: ClassVar[Callable[[EffEncoderConfig], nn.Module]] = Embeddings
+    """Its `forward` takes `inputs_embeds`, `position_ids` and `token_type_ids`."""
+
+    encoder_class: ClassVar[Callable[[EffEncoderConfig, AttentionFactory], nn.Module]] = Encoder
+    """The stack of layers."""
+
     pooler_class: ClassVar[Callable[[EffEncoderConfig], nn.Module]] = Pooler
     """Maps the state of the first token to `pooler_output`."""
 
     def __init__(self, config: EffEncoderConfig, add_pooling_layer: bool = True, task: str | None = None) -> None:
         super().__init__(config)
         self.task = task
-        self.embeddings = Embeddings(config)
+        self.embeddings = self.embeddings_class(config)
         projected = config.embedding_size is not None and config.embedding_size != config.hidden_size
         self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if projected else None
-        self.encoder = Encoder(config, self.attention_class)
+        self.encoder = self.encoder_class(config, self.attention_class)
         self.pooler = self.pooler_class(config) if add_pooling_layer else None
         self.add_parts(config)
         self.post_init()
@@ -90,8 +96,13 @@ class EffEncoderModel:
     def add_parts(self, config: EffEncoderConfig) -> None:
         """Modules that the family has besides; none by default."""
 
-    def encode(self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any]) -> Tensor:
-        """All layers: `[batch, length, hidden]` -> the same shape; `context` is that of `attention_context`."""
+    def encode(
+        self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any], wants_weights: bool
+    ) -> Tensor:
+        """All layers: `[batch, length, hidden]` -> `[batch, length, output_size]`.
+
+        `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded.
+        """
         return self.encoder(hidden_states, key_padding_mask, **context)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -138,7 +149,7 @@ class EffEncoderModel:
 
     def make_cache(self) -> Cache:
         """An empty cache for the causal form, as `forward` makes it where none is given."""
-        return Cache(layers=[layer.attention.self.make_cache_layer() for layer in self.encoder.layer])
+        return Cache(layers=[attention.make_cache_layer() for attention in self.encoder.attentions()])
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache of this call, or None."""
@@ -229,7 +240,7 @@ class EffEncoderModel:
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
-        hidden_states = self.encode(hidden_states, key_padding_mask, context)
+        hidden_states = self.encode(hidden_states, key_padding_mask, context, bool(wants_weights))
         pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

@@ -68,13 +68,13 @@ class TaskModel:
 
 
 class LanguageModel(TaskModel):
-    """A head that predicts tokens, tied to the word embeddings."""
+    """A head that predicts tokens, tied to the word embeddings where its shape allows."""
 
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "head_class"):
+        if hasattr(cls, "head_class") and cls.head_class.ties_embeddings:
             decoder, words = f"{cls.head_class.projection}.decoder", "embeddings.word_embeddings.weight"
             cls._tied_weights_keys = {
                 f"{decoder}.weight": f"{cls.base_model_prefix}.{words}",
@@ -225,7 +225,7 @@ class ForTokenClassification(TaskModel):
 
     def _add_head(self, config: EffEncoderConfig) -> None:
         self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -269,7 +269,7 @@ class ForQuestionAnswering(TaskModel):
 
     def add_span_head(self, config: EffEncoderConfig) -> None:
         """The layers that score starts and ends."""
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = nn.Linear(config.output_size, 2)
 
     def token_types(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None
@@ -336,7 +336,7 @@ class ForMultipleChoice(TaskModel):
 
     def _add_head(self, config: EffEncoderConfig) -> None:
         if not self.reads_pooler:
-            self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pre_classifier = nn.Linear(config.output_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
 

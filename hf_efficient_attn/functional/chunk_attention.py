@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunk_plan import ChunkPlan, meeting_counts, plan_chunks
+from .chunk_plan import ChunkPlan, cut, meeting_counts, plan_chunks
 from .dense import masked_softmax
 from .inputs import check_qkv, zero_padding
 
@@ -61,7 +61,7 @@ def _meetings(plan: ChunkPlan, buckets: Tensor, reach: tuple[int, int]) -> tuple
     for hash_round in range(rounds):
         chunk = (plan.inverse[:, :, hash_round] // plan.chunk_length).expand(batch, heads, -1).gather(2, index)
         bucket = buckets[:, :, hash_round].gather(2, index)
-        chunk, bucket = (x.unflatten(2, (-1, plan.chunk_length)) for x in (chunk, bucket))
+        chunk, bucket = (cut(x, plan.chunk_length, 2) for x in (chunk, bucket))
         distance = plan.of_neighbours(chunk).flatten(3)[:, :, :, None] - chunk[..., None]
         equal = plan.of_neighbours(bucket).flatten(3)[:, :, :, None] == bucket[..., None]
         total = total + (equal & (distance >= -reach[0]) & (distance <= reach[1]))
@@ -74,10 +74,10 @@ def _rounds_together(mixed: Tensor, logsumexp: Tensor, plan: ChunkPlan) -> Tenso
     batch, heads, _, _, width = mixed.shape
     rounds = plan.order.shape[2]
     place = plan.inverse.expand(batch, heads, -1, -1)
-    mixed = mixed.flatten(2, 3).unflatten(2, (rounds, -1)).gather(3, place[..., None].expand(-1, -1, -1, -1, width))
+    mixed = mixed.unflatten(2, (rounds, -1)).flatten(3, 4).gather(3, place[..., None].expand(-1, -1, -1, -1, width))
     if rounds == 1:
         return mixed[:, :, 0]
-    share = logsumexp.flatten(2).unflatten(2, (rounds, -1)).gather(3, place).softmax(dim=2)
+    share = logsumexp.unflatten(2, (rounds, -1)).flatten(3, 4).gather(3, place).softmax(dim=2)
     return (mixed * share[..., None].to(mixed.dtype)).sum(dim=2)
 
 
@@ -150,14 +150,14 @@ def chunk_attention(
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = plan.order.flatten(2)[..., None].expand(*query.shape[:2], -1, query.shape[3])
-    own, keys, values = (x.gather(2, index).unflatten(2, (-1, chunk_length)) for x in (query * scale, key, value))
+    own, keys, values = (cut(x.gather(2, index), chunk_length, 2) for x in (query * scale, key, value))
     keys, values = (plan.of_neighbours(x).flatten(3, 4) for x in (keys, values))
     scores = torch.matmul(own, keys.transpose(-1, -2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     only, reach = None if released else buckets, (chunks_before, chunks_after)
     scores = scores + _bias(plan, only, reach, scores.dtype, causal=causal, exclude_self=exclude_self)
-    logsumexp = scores.logsumexp(dim=-1)
-    probs = (scores - logsumexp[..., None]).exp().to(value.dtype)
+    # Not `exp(scores - logsumexp)`: where a token has only itself, both are -1e5 and have lost their last digits.
+    probs, logsumexp = scores.softmax(dim=-1).to(value.dtype), scores.logsumexp(dim=-1)
     mixed = torch.matmul(F.dropout(probs, dropout_p) if dropout_p > 0.0 else probs, values)
     return zero_padding(_rounds_together(mixed.to(value.dtype), logsumexp, plan), key_padding_mask)
 

@@ -8,6 +8,14 @@ from torch import Tensor
 from .inputs import count_blocks
 
 
+def cut(tensor: Tensor, size: int, dim: int) -> Tensor:
+    """`tensor` with dimension `dim` cut into pieces of `size`: `[..., pieces, size, ...]`.
+
+    Not as a view: of a size that is an expression, torch cannot tell that the number of pieces divides it.
+    """
+    return tensor.unfold(dim, size, size).movedim(-1, dim + 1)
+
+
 class ChunkPlan(NamedTuple):
     """Chunks of each example's own tokens in the order of each round, padding behind them.
 
@@ -34,7 +42,7 @@ class ChunkPlan(NamedTuple):
 
     def tokens(self) -> Tensor:
         """`order` chunk by chunk: `[batch or 1, heads or 1, rounds * chunks, chunk_length]`."""
-        return self.order.flatten(2).unflatten(2, (-1, self.chunk_length))
+        return cut(self.order, self.chunk_length, 3).flatten(2, 3)
 
     def of_neighbours(self, chunks: Tensor) -> Tensor:
         """For each chunk its neighbours: `[b, h, rounds * chunks, ...]` -> `[b, h, rounds * chunks, slots, ...]`."""
@@ -43,7 +51,7 @@ class ChunkPlan(NamedTuple):
         flat = chunks.flatten(3)
         index = self.neighbours.flatten(1)[:, None, :, None]
         found = flat.gather(2, index.expand(batch, flat.shape[1], -1, flat.shape[3]))
-        return found.unflatten(2, tuple(self.neighbours.shape[1:])).unflatten(-1, inner)
+        return cut(found, self.neighbours.shape[2], 2).unflatten(-1, inner)
 
 
 def valid_counts(key_padding_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -99,8 +107,8 @@ def plan_chunks(
         near = chunk + slot - chunks_before
         seen = ((near >= 0) & (near < own)).expand(-1, rounds, -1, -1)
         neighbours = hash_round * chunks + torch.minimum(near.clamp(min=0), own - 1)
-    filled = torch.arange(chunks * chunk_length, device=device) < count[:, None]
-    filled = filled.unflatten(1, (chunks, chunk_length)).repeat(1, rounds, 1)
+    filled = chunk * chunk_length + torch.arange(chunk_length, device=device) < count[:, None, None]
+    filled = filled.repeat(1, rounds, 1)
     return ChunkPlan(order, inverse, neighbours.flatten(1, 2), seen.flatten(1, 2), filled)
 
 

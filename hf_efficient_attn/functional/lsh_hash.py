@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .counter_random import normal_draws
+from .inputs import without_autocast
 
 
 def powers_of_two(counts: Tensor, chunk_length: int, limit: int, tables: int) -> Tensor:
@@ -75,7 +76,7 @@ def hash_buckets(vectors: Tensor, rotations: Tensor, factors: Tensor, sizes: tup
     rounds * directions), memory O(length * rounds * directions).
     """
     batch, heads, length, _ = vectors.shape
-    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(vectors.device):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         flat = rotations.to(dtype).flatten(2)
         rotated = torch.matmul(vectors.detach().to(dtype), flat).unflatten(-1, tuple(rotations.shape[2:]))

@@ -50,15 +50,18 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
         count = config.num_global_tokens
         self.global_embeddings = nn.Embedding(count, config.hidden_size) if count > 0 else None
 
-    def encode(self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any]) -> Tensor:
+    def encode(
+        self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any], wants_weights: bool
+    ) -> Tensor:
         """With the global tokens in front, which are cut off again."""
         if self.global_embeddings is None:
-            return super().encode(hidden_states, key_padding_mask, context)
+            return super().encode(hidden_states, key_padding_mask, context, wants_weights)
         count = self.config.num_global_tokens
         front = self.global_embeddings.weight.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
         if key_padding_mask is not None:
             key_padding_mask = nn.functional.pad(key_padding_mask, (count, 0), value=True)
-        return super().encode(torch.cat([front, hidden_states], dim=1), key_padding_mask, context)[:, count:]
+        hidden_states = torch.cat([front, hidden_states], dim=1)
+        return super().encode(hidden_states, key_padding_mask, context, wants_weights)[:, count:]
 
     @wraps(EffEncoderModel.forward)
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
