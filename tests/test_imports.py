@@ -19,6 +19,7 @@ FRAME_AND_MECHANISMS = {"functional", "attention", "encoder"}
 LIBRARY = FRAME_AND_MECHANISMS | {"models", "auto"}
 PUBLIC = LIBRARY | {
     "__init__",
+    "byte_tokenizer",
     "callbacks",
     "data",
     "answer_spans",
@@ -35,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "encoder": {"cpu"},
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},
+    "byte_tokenizer": set(),
     "callbacks": LIBRARY,
     "data": LIBRARY,
     "answer_spans": set(),
@@ -55,7 +57,10 @@ OUTSIDE = {"cpu": {"torch"}, "functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other; only the room's own __init__ knows them all.
-SHARED_WITHIN: dict[str, set[str]] = {"attention": {"base", "cache", "prefix", "recurrent_cache"}, "models": set()}
+SHARED_WITHIN: dict[str, set[str]] = {
+    "attention": {"base", "cache", "chunks", "lsh_cache", "prefix", "recurrent_cache"},
+    "models": set(),
+}
 
 # Programs: they may use `import hf_efficient_attn...` and `from . import name`.
 PROGRAMS = {"bench", "demo", "cli", "__main__"}
