@@ -156,8 +156,8 @@ def chunk_attention(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     only, reach = None if released else buckets, (chunks_before, chunks_after)
     scores = scores + _bias(plan, only, reach, scores.dtype, causal=causal, exclude_self=exclude_self)
-    logsumexp = scores.logsumexp(dim=-1)
-    probs = (scores - logsumexp[..., None]).exp().to(value.dtype)
+    # Not `exp(scores - logsumexp)`: where a token has only itself, both are -1e5 and have lost their last digits.
+    probs, logsumexp = scores.softmax(dim=-1).to(value.dtype), scores.logsumexp(dim=-1)
     mixed = torch.matmul(F.dropout(probs, dropout_p) if dropout_p > 0.0 else probs, values)
     return zero_padding(_rounds_together(mixed.to(value.dtype), logsumexp, plan), key_padding_mask)
 
