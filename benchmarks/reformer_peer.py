@@ -4,7 +4,8 @@
     python benchmarks/reformer_peer.py --train --hashes 4
 
 Both are reversible, with chunks of 64 tokens, one chunk back, attention across buckets, no dropout, and without
-embeddings. Outputs differ, because hash directions do. A training step is forward and backward. Needs the extra `peers`.
+embeddings. Outputs differ, because hash directions do. A training step is forward and backward. Needs the extra
+`peers`.
 """
 
 import statistics
