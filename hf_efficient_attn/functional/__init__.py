@@ -12,6 +12,7 @@ from .favor import dense_performer_attention, performer_attention, performer_ste
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
 from .inputs import count_blocks, zero_padding
+from .nearby_cpu import cpu_add_nearby
 from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
@@ -25,6 +26,7 @@ __all__ = [
     "PerformerState",
     "TokenSlots",
     "big_bird_attention",
+    "cpu_add_nearby",
     "count_blocks",
     "count_text_blocks",
     "dense_attention",
