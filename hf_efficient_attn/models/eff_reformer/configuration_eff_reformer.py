@@ -95,8 +95,8 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Published configs have a layer for each entry, heads of 64, and no seed for random hashes."""
         converted = {"attn_layers": ["local", "lsh"] * 3, "num_attention_heads": 12, "attention_head_size": 64}
-        converted |= {"local_attention_probs_dropout_prob": 0.05, "axial_pos_shape": [64, 64]}
-        converted |= {"axial_pos_embds_dim": [64, 192], **config_dict}
+        converted |= {"local_attention_probs_dropout_prob": 0.05, "lsh_attention_probs_dropout_prob": 0.0}
+        converted |= {"axial_pos_shape": [64, 64], "axial_pos_embds_dim": [64, 192], **config_dict}
         converted["num_hidden_layers"] = len(converted["attn_layers"])
         converted["intermediate_size"] = converted.pop("feed_forward_size", 512)
         if converted.get("hash_seed") is None:
