@@ -151,7 +151,7 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
 
     def _check_axes(self) -> None:
         shape, widths = self.axial_pos_shape, self.axial_pos_embds_dim
-        if len(shape) != len(widths) or min(*shape, *widths) < 1:
+        if not shape or len(shape) != len(widths) or min(*shape, *widths) < 1:
             raise ValueError(
                 f"axial_pos_shape = {shape} and axial_pos_embds_dim = {widths}: give one positive number an axis each, "
                 "or leave both out."
