@@ -125,6 +125,40 @@ PERFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+REFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "kind of layer": ({"attn_layers": ["global"]}, ("attn_layers = ['global']", "'local' or 'lsh'")),
+    "too many layers": ({"attn_layers": ["lsh"] * 3}, ("attn_layers = ['lsh', 'lsh', 'lsh'] for 2 layers", "shorter")),
+    "no layers": ({"attn_layers": []}, ("attn_layers = []", "'local' or 'lsh' for each layer")),
+    "head size": ({"attention_head_size": 0}, ("attention_head_size = 0", "1 or more", "None")),
+    "lsh chunk": ({"lsh_attn_chunk_length": 0}, ("lsh_attn_chunk_length = 0", "1 token or more")),
+    "local chunk": ({"local_attn_chunk_length": -8}, ("local_attn_chunk_length = -8", "1 token or more")),
+    "lsh before": ({"lsh_num_chunks_before": -1}, ("lsh_num_chunks_before = -1", "0 or more")),
+    "local after": ({"local_num_chunks_after": -1}, ("local_num_chunks_after = -1", "0 or more")),
+    "rule": ({"chunk_rule": "old"}, ("chunk_rule = 'old'", "released, paper")),
+    "no rounds": ({"num_hashes": 0}, ("num_hashes = 0", "1 round or more")),
+    "seed": ({"hash_seed": -1}, ("hash_seed = -1", "0 or more")),
+    "odd buckets": ({"num_buckets": 5}, ("num_buckets = 5", "even", "None")),
+    "odd factor": ({"num_buckets": [4, 3]}, ("num_buckets = [4, 3]", "even", "None")),
+    "no buckets": ({"num_buckets": 0}, ("num_buckets = 0", "positive")),
+    "no factors": ({"num_buckets": []}, ("num_buckets = []", "None")),
+    "lsh dropout": ({"lsh_attention_probs_dropout_prob": 1.5}, ("lsh_attention_probs_dropout_prob = 1.5",)),
+    "local dropout": ({"local_attention_probs_dropout_prob": -1}, ("local_attention_probs_dropout_prob = -1",)),
+    "feed-forward chunk": ({"chunk_size_feed_forward": -1}, ("chunk_size_feed_forward = -1", "0 (all at once)")),
+    "head chunk": ({"chunk_size_lm_head": -4}, ("chunk_size_lm_head = -4", "0 (all at once)")),
+    "number of axes": ({"axial_pos_shape": [4, 4, 8]}, ("[4, 4, 8] and axial_pos_embds_dim = [8, 24]", "axis each")),
+    "no places": ({"axial_pos_shape": [0, 200]}, ("axial_pos_shape = [0, 200]", "positive")),
+    "no axes": ({"axial_pos_shape": [], "axial_pos_embds_dim": []}, ("axial_pos_shape = []", "axis each")),
+    "widths": ({"axial_pos_embds_dim": [8, 8]}, ("[8, 8] join to 16", "hidden_size = 32", "add up")),
+    "small grid": ({"axial_pos_shape": [8, 8]}, ("[8, 8] has 64 places", "= 128", "larger grid")),
+    "tied": ({"tie_word_embeddings": True}, ("tie_word_embeddings = True", "twice as wide", "leave it False")),
+    "narrow embeddings": ({"embedding_size": 16}, ("embedding_size = 16", "leave it out")),
+    "types": ({"type_vocab_size": 2}, ("type_vocab_size = 2", "leave it out")),
+    "pre-norm": ({"norm_position": "pre"}, ("norm_position = 'pre'", "leave it out")),
+    "rescaled": ({"rescale_embeddings": True}, ("rescale_embeddings = True", "leave it False")),
+    "misspelt": ({"num_hash": 8}, ("did you mean 'num_hashes'?",)),
+}
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize("name", SHARED_OPTIONS)
 def test_shared_options(name: str, family: str) -> None:
@@ -139,6 +173,7 @@ OPTIONS = {
         ("eff_big_bird", BIG_BIRD_OPTIONS),
         ("eff_nystromformer", NYSTROMFORMER_OPTIONS),
         ("eff_performer", PERFORMER_OPTIONS),
+        ("eff_reformer", REFORMER_OPTIONS),
     )
     for name, row in table.items()
 }

@@ -1,5 +1,6 @@
 """LSH attention of Reformer: tokens attend those that hashing puts near them."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,12 +172,14 @@ class LSHSelfAttention(ChunkSelfAttention):
             buckets = layer.extend_buckets(self.buckets(query, layer.factors, layer.sizes))
             key, value = past_key_values.update(key, value, self.layer_idx)
         elif replay:
-            buckets = replay["buckets"]
+            buckets = replay["buckets"].long()
         else:
             length = query.shape[2]
-            buckets = self.buckets(query, *self.factors(valid_counts(key_padding_mask, length, query.device), length))
+            factors, sizes = self.factors(valid_counts(key_padding_mask, length, query.device), length)
+            buckets = self.buckets(query, factors, sizes)
             if replay is not None:
-                replay["buckets"] = buckets
+                # Kept for as long as every layer's, which is all that grows with depth.
+                replay["buckets"] = buckets.to(torch.int16 if math.prod(sizes) <= 2**15 else torch.int32)
         return self.attend_chunks(query, key, value, key_padding_mask, buckets, dropout_p=dropout_p, backend=backend)
 
     def _cache_layer(self, past_key_values: "Cache") -> "LSHCacheLayer":

@@ -13,18 +13,23 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 Branch = Callable[[Tensor], Tensor]
 """f or g in `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`: `[batch, length, hidden]` -> the same shape."""
 
+Inverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A layer's inputs from its outputs."""
+
 
 class ReversibleTape:
     """Passes what one layer's backward pass finds out on to that of the layer before it.
 
     A layer's outputs are kept until the next layer takes them as its inputs; that one will compute them again. So
-    outputs that anything else takes (the last layer's, or any that a hook has changed) stay.
+    outputs that anything else takes (the last layer's, or any that a hook has changed) stay. Where the gradient comes
+    from a layer's outputs alone, the layers after it have no backward pass, and are gone back through without one.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._kept: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inverses: dict[int, Inverse] = {}
 
     def take(self, x1: Tensor, x2: Tensor) -> None:
         """A layer's inputs: if they are the last outputs, these need not be kept."""
@@ -32,17 +37,20 @@ class ReversibleTape:
         if last is not None and _is_same(x1, last[0], last[2][0]) and _is_same(x2, last[1], last[2][1]):
             del self._kept[self._steps - 1]
 
-    def keep(self, y1: Tensor, y2: Tensor) -> int:
-        """A layer's outputs; returns its number."""
+    def keep(self, y1: Tensor, y2: Tensor, inverse: Inverse) -> int:
+        """A layer's outputs, and how its inputs follow from them; returns its number."""
         # Detached: the graph holds this tape, which must not hold the graph.
         self._kept[self._steps] = (y1.detach(), y2.detach(), (y1._version, y2._version))
+        self._inverses[self._steps] = inverse
         self._steps += 1
         return self._steps - 1
 
     def outputs(self, step: int) -> tuple[Tensor, Tensor]:
         """The outputs of layer `step`, kept or found by the layer after it."""
-        if step not in self._kept:
+        if step in self._found and step not in self._kept:
             return self._found.pop(step)
+        if step not in self._kept:
+            return self._inverses[step + 1](*self.outputs(step + 1))
         y1, y2, versions = self._kept[step]
         if (y1._version, y2._version) != versions:
             raise RuntimeError(
@@ -53,7 +61,8 @@ class ReversibleTape:
 
     def find(self, step: int, x1: Tensor, x2: Tensor) -> None:
         """The inputs of layer `step`, which are the outputs of the one before."""
-        self._found[step - 1] = (x1, x2)
+        if step > 0:
+            self._found[step - 1] = (x1, x2)
 
 
 def _is_same(given: Tensor, kept: Tensor, version: int) -> bool:
@@ -120,7 +129,7 @@ def reversible_step(
     """
     weights = [[p for p in module.parameters() if p.requires_grad] for module in modules]
     tape.take(x1, x2)
-    return _Step.apply(attend, feed, tape, chunk, len(weights[0]), x1, x2, *weights[0], *weights[1])
+    return _Step.apply(attend, feed, tape, chunk, modules, len(weights[0]), x1, x2, *weights[0], *weights[1])
 
 
 class _Step(torch.autograd.Function):
@@ -131,21 +140,32 @@ class _Step(torch.autograd.Function):
         feed: Branch,
         tape: ReversibleTape,
         chunk: int,
+        modules: tuple[nn.Module, nn.Module],
         split: int,
         x1: Tensor,
         x2: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.attend, ctx.feed, ctx.tape, ctx.chunk, ctx.split = attend, feed, tape, chunk, split
-        ctx.for_attention = _Conditions(x1.device)
-        with ctx.for_attention.autocast():
+        ctx.modules, ctx.weights = modules, weights
+        ctx.for_attention = for_attention = _Conditions(x1.device)
+        with for_attention.autocast():
             y1 = x1 + attend(x2)
-        ctx.for_feed = _Conditions(x1.device)
+        ctx.for_feed = for_feed = _Conditions(x1.device)
         y2 = torch.empty_like(x2, memory_format=torch.contiguous_format)
-        with ctx.for_feed.autocast():
+        with for_feed.autocast():
             for part, given, into in zip(*(_parts(x, chunk) for x in (x2, y1, y2)), strict=True):
                 torch.add(part, feed(given), out=into)
-        ctx.step = tape.keep(y1, y2)
+
+        # Of its own arguments only: the tape keeps it.
+        def inverse(y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), for_feed.replay(), for_feed.autocast():
+                fed = torch.cat([feed(given) for given in _parts(y1, chunk)], dim=1)
+            with torch.no_grad(), for_attention.replay(), for_attention.autocast():
+                x2 = y2 - fed
+                return y1 - attend(x2), x2
+
+        ctx.step = tape.keep(y1, y2, inverse)
         ctx.save_for_backward(*weights)
         return y1, y2
 
@@ -153,6 +173,13 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, y1_grad: Tensor, y2_grad: Tensor) -> tuple[Tensor | None, ...]:
         weights = ctx.saved_tensors
+        now = {id(p) for module in ctx.modules for p in module.parameters()}
+        if any(id(p) not in now for p in ctx.weights):
+            # The branches would use the new ones, and the old ones' gradients be 0.
+            raise RuntimeError(
+                "a reversible layer has other parameters than in its forward pass, for which it cannot be computed "
+                "again; take gradients while torch.func.functional_call has them in place, or use reversible=False."
+            )
         y1, y2 = ctx.tape.outputs(ctx.step)
         x2 = torch.empty_like(y2, memory_format=torch.contiguous_format)
         y1_total = torch.empty_like(y1_grad, memory_format=torch.contiguous_format)
@@ -169,7 +196,7 @@ class _Step(torch.autograd.Function):
             result, grad, attention_grads = _with_grads(ctx.attend, x2, y1_total, weights[: ctx.split])
         x1 = y1 - result
         ctx.tape.find(ctx.step, x1, x2)
-        return None, None, None, None, None, y1_total, y2_grad + grad, *attention_grads, *feed_grads
+        return None, None, None, None, None, None, y1_total, y2_grad + grad, *attention_grads, *feed_grads
 
 
 def _parts(tensor: Tensor, chunk: int) -> tuple[Tensor, ...]:

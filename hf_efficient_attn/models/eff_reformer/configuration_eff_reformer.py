@@ -95,8 +95,8 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Published configs have a layer for each entry, heads of 64, and no seed for random hashes."""
         converted = {"attn_layers": ["local", "lsh"] * 3, "num_attention_heads": 12, "attention_head_size": 64}
-        converted |= {"local_attention_probs_dropout_prob": 0.05, "axial_pos_shape": [64, 64]}
-        converted |= {"axial_pos_embds_dim": [64, 192], **config_dict}
+        converted |= {"local_attention_probs_dropout_prob": 0.05, "lsh_attention_probs_dropout_prob": 0.0}
+        converted |= {"axial_pos_shape": [64, 64], "axial_pos_embds_dim": [64, 192], **config_dict}
         converted["num_hidden_layers"] = len(converted["attn_layers"])
         converted["intermediate_size"] = converted.pop("feed_forward_size", 512)
         if converted.get("hash_seed") is None:
@@ -151,7 +151,7 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
 
     def _check_axes(self) -> None:
         shape, widths = self.axial_pos_shape, self.axial_pos_embds_dim
-        if len(shape) != len(widths) or min(*shape, *widths) < 1:
+        if not shape or len(shape) != len(widths) or min(*shape, *widths) < 1:
             raise ValueError(
                 f"axial_pos_shape = {shape} and axial_pos_embds_dim = {widths}: give one positive number an axis each, "
                 "or leave both out."
