@@ -177,3 +177,30 @@ def test_the_frame_computes_again_only_where_nobody_notices(part: str, notice: C
             model(**inputs_for("Model"))
         assert not calls
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inference_on_a_long_text_overwrites_nothing_that_anybody_holds() -> None:
+    """Chunks go where their inputs were, but not where a hook or the caller sees them."""
+    model = build(BERT, "Model", max_position_embeddings=2100)
+    given = {"inputs_embeds": torch.randn(1, 2100, 32, generator=torch.Generator().manual_seed(8))}
+    before, plain = given["inputs_embeds"].clone(), model(**given).last_hidden_state
+    recorded = model(**given, output_hidden_states=True).hidden_states
+    assert torch.equal(given["inputs_embeds"], before)
+    kept = {}
+    layer = model.encoder.layer[0]
+    for name, part in {"attention": layer.attention, "mechanism": layer.attention.self}.items():
+        part.register_forward_hook(lambda module, args, output, name=name: kept.update({name: output[0]}))
+    found = model(**given).last_hidden_state
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(recorded[-1], plain, rtol=0, atol=1e-5)
+    assert len({x.data_ptr() for x in recorded}) == len(recorded)
+    with torch.enable_grad():
+        right = model(**given, output_hidden_states=True).hidden_states
+        for a, b in zip(recorded, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    held = {name: x.clone() for name, x in kept.items()}
+    with torch.enable_grad():
+        model(**given)
+    for name, x in held.items():
+        torch.testing.assert_close(x, kept[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023

@@ -14,6 +14,7 @@ from transformers import (
     LongformerForMaskedLM,
     LongformerForQuestionAnswering,
     NystromformerForMaskedLM,
+    ReformerModelWithLMHead,
 )
 
 
@@ -33,6 +34,10 @@ CHECKPOINTS = {
     "allenai/longformer-large-4096-finetuned-triviaqa": (LongformerForQuestionAnswering, LONGFORMER),
     "google/bigbird-roberta-base": (BigBirdForMaskedLM, {"sep_token_id": 2}),
     "google-bert/bert-base-uncased": (BertForMaskedLM, {}),
+    "google/reformer-enwik8": (
+        ReformerModelWithLMHead,
+        {"attn_layers": ["lsh"], "is_decoder": True, "axial_pos_embds_dim": [8, 8]},
+    ),
     "uw-madison/nystromformer-512": (NystromformerForMaskedLM, {}),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 
 _INFERENCE_CHUNK = 1024
@@ -20,13 +21,30 @@ def inference_chunk(states: Tensor, *modules: nn.Module) -> int:
     return 0 if any(x._forward_hooks or x._forward_pre_hooks for x in inner) else _INFERENCE_CHUNK
 
 
-def in_chunks(function: Callable[..., Tensor], size: int, *states: Tensor) -> Tensor:
+def can_overwrite(states: Tensor, maker: nn.Module, given: Tensor) -> bool:
+    """Whether nobody but the caller has `states`, which `maker` made of `given`, so that the next may replace them.
+
+    Not where a backward pass may follow, or where a hook could have kept them.
+    """
+    if torch.is_grad_enabled() or states.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    hooks = [hook for part in maker.modules() for hook in part._forward_hooks.values()]
+    # What transformers' own hooks keep of attention are its weights.
+    watched = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    shared = states.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return (
+        states.shape == given.shape and states.dtype == given.dtype and not (shared or watched or _global_forward_hooks)
+    )
+
+
+def in_chunks(function: Callable[..., Tensor], size: int, *states: Tensor, into: Tensor | None = None) -> Tensor:
     """`function(*states)` for `size` tokens at a time; 0 for all at once.
 
     Args:
         function: takes `[batch or 1, tokens, ...]` each, returns `[batch, tokens, width]`; works on each token alone.
         size: tokens at a time.
         states: `[batch or 1, length, ...]` each.
+        into: where to put the result, if that is of its shape and dtype and in chunks; may be one of the `states`.
 
     Returns:
         `[batch, length, width]`.
@@ -38,7 +56,9 @@ def in_chunks(function: Callable[..., Tensor], size: int, *states: Tensor) -> Te
     if torch.is_grad_enabled():
         return torch.cat([function(*part) for part in parts], dim=1)
     first = function(*next(parts))
-    whole = first.new_empty(first.shape[0], length, first.shape[2])
+    whole = into
+    if into is None or (first.shape[0], length, first.shape[2]) != tuple(into.shape) or into.dtype != first.dtype:
+        whole = first.new_empty(first.shape[0], length, first.shape[2])
     whole[:, :size] = first
     for index, part in enumerate(parts, start=1):
         whole[:, index * size : (index + 1) * size] = function(*part)

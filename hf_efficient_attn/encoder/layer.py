@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cpu import dropout_add, feed_forward, is_plain
 from .activations import activation
-from .chunks import in_chunks, inference_chunk
+from .chunks import can_overwrite, in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
 
 
@@ -83,7 +83,9 @@ class AttentionBlock(Recorded):
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
         mixed, weights = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
-        return in_chunks(self.output, inference_chunk(mixed, self.output), mixed, hidden_states), weights
+        into = mixed if can_overwrite(mixed, self.self, hidden_states) else None
+        chunk = inference_chunk(mixed, self.output)
+        return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights
 
 
 class EncoderLayer(Recorded, GradientCheckpointingLayer):
@@ -98,9 +100,10 @@ class EncoderLayer(Recorded, GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
-        hidden_states, _ = self.attention(hidden_states, key_padding_mask, **context)
-        chunk = self.chunk_size or inference_chunk(hidden_states, self.intermediate, self.output)
-        return in_chunks(self._feed_forward, chunk, hidden_states)
+        attended, _ = self.attention(hidden_states, key_padding_mask, **context)
+        into = attended if can_overwrite(attended, self.attention, hidden_states) else None
+        chunk = self.chunk_size or inference_chunk(attended, self.intermediate, self.output)
+        return in_chunks(self._feed_forward, chunk, attended, into=into)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         given = self.output.normed_input(hidden_states)
