@@ -64,6 +64,14 @@ def test_layers_and_rounds_hash_differently(causal: bool, monkeypatch: pytest.Mo
     assert len({tuple(x.flatten().tolist()) for x in rounds}) == 6
 
 
+@pytest.mark.parametrize(("layers", "given", "kinds"), [(1, None, "l"), (3, None, "lhl"), (3, ["lsh"], "hhh")])
+def test_kinds_of_layers(layers: int, given: list[str] | None, kinds: str) -> None:
+    options = {} if given is None else {"attn_layers": given}
+    model = build(num_hidden_layers=layers, **options)
+    found = [isinstance(layer, lsh.LSHSelfAttention) for layer in model.encoder.attentions()]
+    assert found == [kind == "h" for kind in kinds]
+
+
 LENGTHS = [1, 16, 17, 40, 130, 300]
 
 
