@@ -205,6 +205,20 @@ def test_frozen_parts(name: str) -> None:
     assert_equal_grads(models, inputs_of("AutoModel", 50))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_embedded_inputs(frozen: bool) -> None:
+    """Also with nothing else to learn, as in prompt tuning."""
+    found = []
+    for model in pair():
+        model.requires_grad_(not frozen)
+        embedded = model.get_input_embeddings()(random_ids(3, 50)).detach().requires_grad_()
+        keep = mask_of([50, 23, 1], 50)
+        loss = loss_of(model, {"inputs_embeds": embedded, "attention_mask": keep})
+        found.append(torch.autograd.grad(loss, embedded)[0])
+        assert (found[-1][keep == 0] == 0).all()
+    assert_close(*found, **EXACT)
+
+
 @pytest.mark.parametrize("wanted", [(1,), (4,), (2, 3), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("last", [False, True], ids=["", "and last"])
 def test_gradients_of_recorded_states(wanted: tuple[int, ...], last: bool) -> None:
