@@ -99,6 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {"chunk_rule": "paper"},
     "local": {"attn_layers": ["local"]},
     "lsh": {"attn_layers": ["lsh"], "num_hashes": 4},
+    "hundreds of buckets": {"num_buckets": [16, 32], "attn_layers": ["lsh"]},
     "many buckets": {"num_buckets": [256, 256], "attn_layers": ["lsh"]},
     "one layer": {"num_hidden_layers": 1, "attn_layers": ["lsh"]},
     "learned positions": {"axial_pos_embds": False},
