@@ -1,11 +1,12 @@
 """The table of mechanisms: one row each, and every law runs over every row and every variant of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import oracles
 import torch
+from case_types import HEAD_DIM, HEADS, Case, Variant, no_tokens
+from reformer_cases import REFORMER_CASES
 from torch import Tensor
 
 from hf_efficient_attn.functional import (
@@ -23,12 +24,7 @@ from hf_efficient_attn.functional import (
 )
 
 
-HEADS, HEAD_DIM = 4, 8
 LENGTHS = (1, 7, 63, 64, 100)
-
-
-def no_tokens(batch: int, length: int) -> None:
-    """No global tokens."""
 
 
 def some_tokens(batch: int, length: int) -> Tensor:
@@ -51,51 +47,6 @@ def slots(is_global: Tensor | TokenSlots | None, keep: Tensor | None) -> TokenSl
         return is_global
     mask = is_global if keep is None else is_global & keep
     return select_tokens(mask, int(mask.sum(dim=1).max()))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One setting of a mechanism's options.
-
-    Args:
-        options: keyword arguments of the formula and of its oracle.
-        config: the same as config fields of the module.
-        is_global: `(batch, length)` -> bool `[batch, length]` or None.
-        causal: it is the causal form.
-        quadratic: its work grows with the square of the length by definition.
-        rounding: how many times larger rounding errors may be than elsewhere, on the laws' random numbers: a converged
-            inverse of an ill-conditioned matrix multiplies them, which no way of computing it avoids.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    is_global: Callable[[int, int], Tensor | None] = no_tokens
-    causal: bool = False
-    quadratic: bool = False
-    rounding: float = 1.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One mechanism.
-
-    Args:
-        name: its row in `ATTENTIONS`.
-        formula: `(query, key, value, keep, is_global, dropout_p=0.0, **options)`.
-        oracle: `(query, key, value, keep, is_global, **options)`.
-        module_oracle: `(weights, states, keep, heads, is_global, **options)`; the weights are parameters and buffers.
-        variants: name -> setting.
-        softmax_options: options with which it is full softmax attention for inputs up to 100 tokens; None if none are.
-        probabilities: the rows of its weights are positive and sum to 1.
-    """
-
-    name: str
-    formula: Callable[..., Tensor]
-    oracle: Callable[..., Tensor]
-    module_oracle: Callable[..., Tensor]
-    variants: dict[str, Variant]
-    softmax_options: dict[str, Any] | None
-    probabilities: bool = True
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_global: None, **kwargs: Any) -> Tensor:
@@ -282,6 +233,7 @@ CASES = [
         },
         softmax_options=None,  # an estimate of it, with any number of features
     ),
+    *REFORMER_CASES,
 ]
 
 ROWS = [(case, name) for case in CASES for name in case.variants]

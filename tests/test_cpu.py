@@ -1,11 +1,15 @@
-"""Dropout with the residual in one step: what is dropped, gradients, and what is kept for them."""
+"""Steps of the frame on a CPU, dropout with the residual and the feed-forward layer: gradients, and what is kept."""
+
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from frame_family import BERT, build, inputs_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hf_efficient_attn.cpu import dropout_add, residual
+from hf_efficient_attn.cpu import dropout_add, feed_forward, residual
 
 
 def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -93,3 +97,83 @@ def test_the_frame_drops_the_sublayer_and_not_the_residual() -> None:
         kept = added.abs() > 1e-9
         torch.testing.assert_close(added[kept], (output.dense(sublayer) / 0.7)[kept], rtol=1e-3, atol=1e-5)
     assert abs(kept.double().mean() - 0.7) < 0.03
+
+
+def feed_forward_inputs(biases: bool = True) -> list[Tensor | None]:
+    shapes = ((2, 10, 4), (6, 4), (6,), (5, 6), (5,))
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return [x if biases or x.dim() > 1 else None for x in made]
+
+
+def plain_feed_forward(*given: Tensor | None) -> Tensor:
+    states, inner, inner_bias, outer, outer_bias = given
+    return F.linear(F.gelu(F.linear(states, inner, inner_bias)), outer, outer_bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1024])
+@pytest.mark.parametrize("biases", [True, False])
+def test_feed_forward_equals_its_definition(tokens: int, biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its gradients, all of them and one at a time."""
+    monkeypatch.setattr(sys.modules["hf_efficient_attn.cpu.feed_forward"], "_TOKENS", tokens)
+    given = feed_forward_inputs(biases)
+    tensors = [x for x in given if x is not None]
+    found, wanted = feed_forward(*given, F.gelu), plain_feed_forward(*given)
+    torch.testing.assert_close(found, wanted)
+    direction = torch.randn_like(wanted)
+    expected = torch.autograd.grad(wanted, tensors, direction)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors, direction), expected)
+    for one, right in zip(tensors, expected, strict=True):
+        alone = [None if x is None else x.detach().requires_grad_(x is one) for x in given]
+        (leaf,) = (x for x in alone if x is not None and x.requires_grad)
+        torch.testing.assert_close(torch.autograd.grad(feed_forward(*alone, F.gelu), leaf, direction)[0], right)
+
+
+def test_feed_forward_has_gradients_of_gradients_and_torch_func_takes_it() -> None:
+    given = feed_forward_inputs()
+    assert torch.autograd.gradgradcheck(lambda *x: feed_forward(*x, F.gelu), given)
+    plain = [x.detach() for x in given]
+    found, wanted = (
+        torch.func.grad(lambda *x, f=f: f(*x).square().sum(), argnums=(0, 1, 2, 3, 4))(*plain)
+        for f in (lambda *x: feed_forward(*x, F.gelu), plain_feed_forward)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_feed_forward_keeps_one_wide_tensor() -> None:
+    given = feed_forward_inputs()
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        feed_forward(*given, F.gelu)
+    assert saved.count((20, 6)) == 1
+
+
+def set_forward(module: nn.Module) -> None:
+    module.forward = type(module).forward.__get__(module)
+
+
+@pytest.mark.parametrize(
+    "part", ["intermediate", "intermediate.dense", "intermediate.activation", "output", "output.dense"]
+)
+@pytest.mark.parametrize("notice", [lambda x: x.register_forward_hook(lambda *_: None), set_forward])
+def test_the_frame_computes_again_only_where_nobody_notices(part: str, notice: Callable[[nn.Module], object]) -> None:
+    """Equal gradients either way; who watches a part of a layer sees it called."""
+    model = build(BERT, "Model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        patch.setattr("hf_efficient_attn.encoder.layer.feed_forward", lambda *x: calls.append(x) or feed_forward(*x))
+        grads = []
+        for count in (2, 1):
+            calls.clear()
+            model.zero_grad()
+            model(**inputs_for("Model")).last_hidden_state.square().sum().backward()
+            grads.append([p.grad.clone() for p in model.encoder.parameters()])
+            assert len(calls) == count
+            notice(model.encoder.layer[0].get_submodule(part))
+        calls.clear()
+        with torch.no_grad():
+            model(**inputs_for("Model"))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs_for("Model"))
+        assert not calls
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ PUBLIC = LIBRARY | {
 ROOMS: dict[str, set[str]] = {
     "cpu": set(),
     "functional": {"cpu"},
-    "attention": {"functional"},
+    "attention": {"cpu", "functional"},
     "encoder": {"cpu"},
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},

@@ -11,13 +11,18 @@ from .base import SelfAttention
 CHUNK_RULES = ("released", "paper")
 
 
-def check_chunks(kind: str, length: int, before: int, after: int, rule: str) -> None:
+def check_chunks(kind: str, length: int, before: int, after: int, rule: str, causal: bool) -> None:
     """Raises `ValueError` for options `kind_...` of chunks that break a rule."""
     if length < 1:
         raise ValueError(f"{kind}_attn_chunk_length = {length}: a chunk has 1 token or more.")
     for name, value in (("before", before), ("after", after)):
         if value < 0:
             raise ValueError(f"{kind}_num_chunks_{name} = {value}: it must be 0 or more.")
+    if causal and after > 0:
+        raise ValueError(
+            f"{kind}_num_chunks_after = {after} with is_decoder = True: a causal model's tokens attend none of what "
+            "follows; set it to 0."
+        )
     if rule not in CHUNK_RULES:
         raise ValueError(f"chunk_rule = {rule!r}: choose one of {', '.join(CHUNK_RULES)}.")
 

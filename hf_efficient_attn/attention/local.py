@@ -23,8 +23,8 @@ class LocalOptions:
     Args:
         local_attn_chunk_length: tokens of a chunk.
         local_num_chunks_before, local_num_chunks_after: neighbouring chunks that a chunk attends besides itself.
-        chunk_rule: `"released"`: the last chunk is also the one before the first, as in the released code, which shows
-            only where tokens may attend later ones; `"paper"`: nothing is before the first chunk.
+        chunk_rule: `"released"`: the last chunk is also the one before the first, as in the released code, which a
+            causal model does not notice; `"paper"`: nothing is before the first chunk.
     """
 
     local_attn_chunk_length: int = 64
@@ -32,10 +32,10 @@ class LocalOptions:
     local_num_chunks_after: int = 0
     chunk_rule: str = "released"
 
-    def check_local_options(self) -> None:
-        """Raises `ValueError` for a value that breaks a rule."""
+    def check_local_options(self, causal: bool) -> None:
+        """Raises `ValueError` for a value that breaks a rule; `causal` ones have no chunks behind."""
         near = (self.local_num_chunks_before, self.local_num_chunks_after)
-        check_chunks("local", self.local_attn_chunk_length, *near, self.chunk_rule)
+        check_chunks("local", self.local_attn_chunk_length, *near, self.chunk_rule, causal)
 
 
 class LocalSelfAttention(ChunkSelfAttention):
@@ -48,7 +48,7 @@ class LocalSelfAttention(ChunkSelfAttention):
 
     def __init__(self, config: Any, layer_idx: int, options: LocalOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
-        self.options.check_local_options()
+        self.options.check_local_options(self.is_causal)
         dropout_p = getattr(self.options, "local_attention_probs_dropout_prob", None)
         self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
         self.chunks = {

@@ -42,10 +42,10 @@ class LSHOptions:
     hash_seed: int = 0
     chunk_rule: str = "released"
 
-    def check_lsh_options(self) -> None:
-        """Raises `ValueError` for a value that breaks a rule."""
+    def check_lsh_options(self, causal: bool) -> None:
+        """Raises `ValueError` for a value that breaks a rule; `causal` ones have no chunks behind."""
         near = (self.lsh_num_chunks_before, self.lsh_num_chunks_after)
-        check_chunks("lsh", self.lsh_attn_chunk_length, *near, self.chunk_rule)
+        check_chunks("lsh", self.lsh_attn_chunk_length, *near, self.chunk_rule, causal)
         if self.num_hashes < 1:
             raise ValueError(f"num_hashes = {self.num_hashes}: give 1 round or more.")
         if self.hash_seed < 0:
@@ -87,7 +87,7 @@ class LSHSelfAttention(ChunkSelfAttention):
 
     def __init__(self, config: Any, layer_idx: int, options: LSHOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
-        self.options.check_lsh_options()
+        self.options.check_lsh_options(self.is_causal)
         dropout_p = getattr(self.options, "lsh_attention_probs_dropout_prob", None)
         self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
         self.chunks = {

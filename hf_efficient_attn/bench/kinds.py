@@ -23,6 +23,8 @@ class Kind:
         gated: the feed-forward part has three matrices instead of two; it gets two thirds of the width, so that its
             multiply-adds are the same.
         fields: further fields of the config.
+        layer_fields: config fields with an entry for each layer, as a pattern to repeat.
+        size_fields: the config's own names for fields of a size.
         length_field: the config's name for the one length that its inputs have.
         primes: a tiny run before the measured ones is possible and leaves the model as it was; else another model,
             a small one, makes it.
@@ -39,6 +41,8 @@ class Kind:
     window_field: str = "attention_window"
     gated: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
+    layer_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    size_fields: Mapping[str, str] = field(default_factory=dict)
     length_field: str | None = None
     primes: bool = True
     note: str = ""
@@ -46,6 +50,10 @@ class Kind:
 
 # transformers' BigBird ignores it.
 _BIG_BIRD = {"attention_probs_dropout_prob": 0.0}
+# One table of positions, because transformers' Reformer takes no other length than a whole grid in training.
+_REFORMER = {"axial_pos_embds": False, "local_attention_probs_dropout_prob": 0.05}
+_REFORMER |= {"lsh_attention_probs_dropout_prob": 0.0, "attention_head_size": 64}
+_REFORMER_LAYERS = {"attn_layers": ("local", "lsh")}
 _LONGFORMER = {"quadratic": False, "windowed": True, "extra_positions": 2, "global_tokens": True}
 KINDS: dict[str, Kind] = {
     "eff_longformer": Kind("eff_longformer", same_as="longformer", **_LONGFORMER),
@@ -89,6 +97,31 @@ KINDS: dict[str, Kind] = {
         quadratic=False,
         windowed=False,
         note="256 features, softmax kernel, no dropout of attention, as its config has it by default",
+    ),
+    "eff_reformer": Kind(
+        "eff_reformer",
+        quadratic=False,
+        windowed=False,
+        fields=_REFORMER,
+        layer_fields=_REFORMER_LAYERS,
+        note="local and LSH layers in turn, chunks of 64, one round of hashing, dropout 0.05, reversible",
+    ),
+    "eff_reformer_kept": Kind(
+        "eff_reformer",
+        quadratic=False,
+        windowed=False,
+        fields={**_REFORMER, "reversible": False},
+        layer_fields=_REFORMER_LAYERS,
+        note="the same with reversible=False",
+    ),
+    "reformer": Kind(
+        "reformer",
+        quadratic=False,
+        windowed=False,
+        fields={**_REFORMER, "hash_seed": 0},
+        layer_fields=_REFORMER_LAYERS,
+        size_fields={"intermediate_size": "feed_forward_size"},
+        note="as eff_reformer",
     ),
     "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
     "modernbert": Kind(

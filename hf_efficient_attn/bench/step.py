@@ -34,14 +34,21 @@ def build_model(case: Case) -> PreTrainedModel:
 
     kind, size = KINDS[case.kind], case.size
     positions = max(case.length, _PRIMING_LENGTH)
+    sizes = {
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "intermediate_size": size.intermediate_size * 2 // 3 if kind.gated else size.intermediate_size,
+        "vocab_size": size.vocab_size,
+        "max_position_embeddings": positions + kind.extra_positions,
+    }
+    layers = {
+        name: [pattern[i % len(pattern)] for i in range(size.num_layers)] for name, pattern in kind.layer_fields.items()
+    }
     config = AutoConfig.for_model(
         kind.model_type,
-        hidden_size=size.hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        intermediate_size=size.intermediate_size * 2 // 3 if kind.gated else size.intermediate_size,
-        vocab_size=size.vocab_size,
-        max_position_embeddings=positions + kind.extra_positions,
+        **{kind.size_fields.get(name, name): value for name, value in sizes.items()},
+        **layers,
         **({kind.window_field: size.attention_window} if kind.windowed else {}),
         **({kind.length_field: case.length} if kind.length_field else {}),
         **kind.fields,
@@ -108,7 +115,8 @@ def build_step(case: Case) -> tuple[Callable[[int], None], Callable[[], None]]:
     classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     optimizer = classes[case.optimizer](model.parameters(), lr=1e-4)
     labels = torch.zeros(case.batch_size, dtype=torch.long)
-    direction = torch.randn(case.size.hidden_size, generator=torch.Generator().manual_seed(case.seed))
+    # Reversible models have two streams of states side by side.
+    direction = torch.randn(2 * case.size.hidden_size, generator=torch.Generator().manual_seed(case.seed))
     direction = direction.to(getattr(torch, case.dtype))
 
     def loss(length: int) -> torch.Tensor:
@@ -116,7 +124,8 @@ def build_step(case: Case) -> tuple[Callable[[int], None], Callable[[], None]]:
         if case.task == "classification":
             return model(**batch, labels=labels).loss
         # Every position gets a gradient, at the cost of one product with a vector.
-        return (model(**batch).last_hidden_state @ direction).mean()
+        states = model(**batch).last_hidden_state
+        return (states @ direction[: states.shape[-1]]).mean()
 
     def train(length: int) -> None:
         loss(length).backward()

@@ -1,7 +1,9 @@
-"""What kernels on a CPU share, in formulas and in the frame: scratch memory, and dropout that can be replayed."""
+"""Kernels on a CPU: what those of formulas share, scratch memory and dropout to replay, and those of the frame."""
 
+from .feed_forward import feed_forward
+from .modules import is_plain
 from .residual import dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
 
-__all__ = ["CHUNK_BYTES", "DropoutReplay", "Scratch", "draw_replay", "dropout_add"]
+__all__ = ["CHUNK_BYTES", "DropoutReplay", "Scratch", "draw_replay", "dropout_add", "feed_forward", "is_plain"]

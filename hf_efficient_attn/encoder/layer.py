@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cpu import dropout_add
+from ..cpu import dropout_add, feed_forward, is_plain
 from .activations import activation
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
@@ -16,17 +16,6 @@ from .configuration import EffEncoderConfig
 
 AttentionFactory = Callable[[EffEncoderConfig, int], nn.Module]
 """Builds the attention module of a layer: `(config, layer_idx)`; its forward returns `(states, weights or None)`."""
-
-
-def _is_plain(dropout: nn.Module) -> bool:
-    """Whether it is torch's own dropout with no hooks, so that another way of doing the same is not noticed."""
-    hooks = (
-        dropout._forward_hooks,
-        dropout._forward_pre_hooks,
-        dropout._backward_hooks,
-        dropout._backward_pre_hooks,
-    )
-    return type(dropout) is nn.Dropout and not any(hooks)
 
 
 class Output(nn.Module):
@@ -45,8 +34,11 @@ class Output(nn.Module):
 
     def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
         """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
-        states = self.dense(sublayer)
-        if self.dropout.training and _is_plain(self.dropout):
+        return self.finish(self.dense(sublayer), residual)
+
+    def finish(self, states: Tensor, residual: Tensor) -> Tensor:
+        """What comes after the dense layer: `states` and `residual` `[batch, length, hidden]` -> the same shape."""
+        if self.dropout.training and is_plain(self.dropout, nn.Dropout):
             total = dropout_add(states, residual, self.dropout.p)
         else:
             total = residual + self.dropout(states)
@@ -111,7 +103,28 @@ class EncoderLayer(Recorded, GradientCheckpointingLayer):
         return in_chunks(self._feed_forward, chunk, hidden_states)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        return self.output(self.intermediate(self.output.normed_input(hidden_states)), hidden_states)
+        given = self.output.normed_input(hidden_states)
+        if not self._computes_again(given):
+            return self.output(self.intermediate(given), hidden_states)
+        first, second = self.intermediate.dense, self.output.dense
+        states = feed_forward(given, first.weight, first.bias, second.weight, second.bias, self.intermediate.activation)
+        return self.output.finish(states, hidden_states)
+
+    def _computes_again(self, states: Tensor) -> bool:
+        """Whether the feed-forward layer may keep less for backward: on a CPU in training, where nobody notices."""
+        first, second, act = self.intermediate.dense, self.output.dense, self.intermediate.activation
+        parts = ((self.intermediate, Intermediate), (self.output, Output), (first, nn.Linear), (second, nn.Linear))
+        dtype = states.dtype
+        return (
+            torch.is_grad_enabled()
+            and states.device.type == "cpu"
+            and dtype in (torch.float32, torch.float64)
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and all(is_plain(module, kind) for module, kind in (*parts, (act, type(act))))
+            and first.weight.dtype == second.weight.dtype == dtype
+            and not any(True for _ in act.parameters())
+        )
 
 
 class Encoder(nn.Module):

@@ -15,6 +15,7 @@ from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
 from .inputs import count_blocks, zero_padding
 from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
+from .nearby_cpu import cpu_add_nearby
 from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
@@ -29,6 +30,7 @@ __all__ = [
     "TokenSlots",
     "big_bird_attention",
     "chunk_attention",
+    "cpu_add_nearby",
     "count_blocks",
     "count_text_blocks",
     "dense_attention",

@@ -4,16 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunk_plan import ChunkPlan, cut, meeting_counts, plan_chunks
+from .chunk_cpu import cpu_chunk_attention
+from .chunk_plan import EXCLUDED, SELF_PENALTY, ChunkPlan, cut, meeting_counts, plan_chunks, valid_counts
 from .dense import masked_softmax
 from .inputs import check_qkv, zero_padding
 
 
-# What the score of a token with itself loses where it should attend itself only if there is nothing else.
-SELF_PENALTY = 1e5
+# So few rows against all keys are one small matrix.
 _FEW_QUERIES = 64
-# Far below every score with its penalties, and far enough from the end of float32 to add to.
-_EXCLUDED = -1e30
 
 
 def _bias(
@@ -43,7 +41,7 @@ def _bias(
         bias = -meetings.clamp(min=1).to(dtype).log()
     if exclude_self:
         bias = torch.where(keys == queries, bias - SELF_PENALTY, bias)
-    return torch.where(allowed, bias, _EXCLUDED)
+    return torch.where(allowed, bias, EXCLUDED)
 
 
 def _meetings(plan: ChunkPlan, buckets: Tensor, reach: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -125,7 +123,7 @@ def chunk_attention(
         ValueError: shapes that do not fit, a chunk without tokens.
 
     Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(rounds * length * (chunk + log length)), memory O(rounds *
-    length * chunk).
+    length * chunk) or, on a CPU with `released` or without `buckets`, O(rounds * length).
     """
     _check(query, key, value, key_padding_mask, buckets, chunk_length, chunks_before, chunks_after, causal)
     queries, length = query.shape[2], key.shape[2]
@@ -137,7 +135,6 @@ def chunk_attention(
             return dense_chunk_attention(query, key, value, key_padding_mask, **options)[0]
         query = F.pad(query, (0, 0, length - queries, 0))
         return chunk_attention(query, key, value, key_padding_mask, **options)[:, :, length - queries :]
-    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     plan = plan_chunks(
         buckets,
         key_padding_mask,
@@ -149,12 +146,42 @@ def chunk_attention(
         wrap=released,
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"scale": scale, "dropout_p": dropout_p, "causal": causal, "exclude_self": exclude_self}
+    options |= {"chunks_before": chunks_before, "chunks_after": chunks_after}
+    # In the paper's form of LSH pairs count once and only in their bucket: the kernel on a CPU has no masks for that.
+    meets_all = released or buckets is None
+    if meets_all and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+        counts = valid_counts(key_padding_mask, length, query.device)
+        options |= {"chunk_length": chunk_length, "wrap": released}
+        return cpu_chunk_attention(query, key, value, plan.order, plan.inverse, counts, **options)
+    only = None if released else buckets
+    return _portable(query, key, value, key_padding_mask, plan, only, **options)
+
+
+def _portable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    plan: ChunkPlan,
+    only: Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+    chunks_before: int,
+    chunks_after: int,
+    causal: bool,
+    exclude_self: bool,
+) -> Tensor:
+    """All chunks at once, each against a copy of its neighbours; with `only`, tokens of one of these buckets meet."""
+    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     index = plan.order.flatten(2)[..., None].expand(*query.shape[:2], -1, query.shape[3])
-    own, keys, values = (cut(x.gather(2, index), chunk_length, 2) for x in (query * scale, key, value))
+    rows = (x.gather(2, index) for x in (query * scale, key, value))
+    own, keys, values = (cut(x, plan.chunk_length, 2) for x in rows)
     keys, values = (plan.of_neighbours(x).flatten(3, 4) for x in (keys, values))
     scores = torch.matmul(own, keys.transpose(-1, -2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    only, reach = None if released else buckets, (chunks_before, chunks_after)
+    reach = (chunks_before, chunks_after)
     scores = scores + _bias(plan, only, reach, scores.dtype, causal=causal, exclude_self=exclude_self)
     # Not `exp(scores - logsumexp)`: where a token has only itself, both are -1e5 and have lost their last digits.
     probs, logsumexp = scores.softmax(dim=-1).to(value.dtype), scores.logsumexp(dim=-1)

@@ -8,6 +8,12 @@ from torch import Tensor
 from .inputs import count_blocks
 
 
+# What the score of a token with itself loses where it should attend itself only if there is nothing else.
+SELF_PENALTY = 1e5
+# Far below every score with its penalties, and far enough from the end of float32 to add to.
+EXCLUDED = -1e30
+
+
 def cut(tensor: Tensor, size: int, dim: int) -> Tensor:
     """`tensor` with dimension `dim` cut into pieces of `size`: `[..., pieces, size, ...]`.
 

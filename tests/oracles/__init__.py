@@ -5,12 +5,21 @@ from .common import masked_attention, padding, project, softmax, softmax_module
 from .longformer import longformer_module, sliding_window, window
 from .nystromformer import nystrom, nystromformer_module
 from .performer import performer, performer_module, performer_weights
+from .reformer import angular_buckets, attend_pairs, bucket_factors, chunk_pairs, local, local_module, lsh, lsh_module
 
 
 __all__ = [
+    "angular_buckets",
+    "attend_pairs",
     "big_bird",
     "big_bird_module",
+    "bucket_factors",
+    "chunk_pairs",
+    "local",
+    "local_module",
     "longformer_module",
+    "lsh",
+    "lsh_module",
     "masked_attention",
     "nystrom",
     "nystromformer_module",

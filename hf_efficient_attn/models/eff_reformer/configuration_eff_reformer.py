@@ -122,8 +122,8 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     def check(self) -> None:
         """Raises `ValueError` for a value that breaks a rule."""
         super().check()
-        self.check_lsh_options()
-        self.check_local_options()
+        self.check_lsh_options(self.is_decoder)
+        self.check_local_options(self.is_decoder)
         layers = list(self.attn_layers)
         if not 1 <= len(layers) <= self.num_hidden_layers or set(layers) - set(LAYER_KINDS):
             raise ValueError(
