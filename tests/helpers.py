@@ -153,6 +153,16 @@ def tiny_unigrams(max_length: int = 100) -> transformers.BigBirdTokenizer:
     return transformers.BigBirdTokenizer(vocab=vocab, model_max_length=max_length)
 
 
+def tiny_pieces(max_length: int = 100) -> transformers.ReformerTokenizer:
+    """Reformer's kind of tokenizer: letters and two merges."""
+    words = ["</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz", "\u2581t", "\u2581th"]
+    return transformers.ReformerTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[("\u2581", "t"), ("\u2581t", "h")],
+        model_max_length=max_length,
+    )
+
+
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
     """The text of every warning a user would see meanwhile: Python's, and of any logger from WARNING up."""

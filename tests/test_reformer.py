@@ -99,6 +99,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {"chunk_rule": "paper"},
     "local": {"attn_layers": ["local"]},
     "lsh": {"attn_layers": ["lsh"], "num_hashes": 4},
+    "hundreds of buckets": {"num_buckets": [16, 32], "attn_layers": ["lsh"]},
+    "many buckets": {"num_buckets": [256, 256], "attn_layers": ["lsh"]},
     "one layer": {"num_hidden_layers": 1, "attn_layers": ["lsh"]},
     "learned positions": {"axial_pos_embds": False},
 }
@@ -202,6 +204,20 @@ def test_frozen_parts(name: str) -> None:
         for part in FROZEN[name](model):
             part.requires_grad_(False)
     assert_equal_grads(models, inputs_of("AutoModel", 50))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_embedded_inputs(frozen: bool) -> None:
+    """Also with nothing else to learn, as in prompt tuning."""
+    found = []
+    for model in pair():
+        model.requires_grad_(not frozen)
+        embedded = model.get_input_embeddings()(random_ids(3, 50)).detach().requires_grad_()
+        keep = mask_of([50, 23, 1], 50)
+        loss = loss_of(model, {"inputs_embeds": embedded, "attention_mask": keep})
+        found.append(torch.autograd.grad(loss, embedded)[0])
+        assert (found[-1][keep == 0] == 0).all()
+    assert_close(*found, **EXACT)
 
 
 @pytest.mark.parametrize("wanted", [(1,), (4,), (2, 3), (0, 1, 2, 3, 4)])

@@ -64,6 +64,14 @@ def test_layers_and_rounds_hash_differently(causal: bool, monkeypatch: pytest.Mo
     assert len({tuple(x.flatten().tolist()) for x in rounds}) == 6
 
 
+@pytest.mark.parametrize(("layers", "given", "kinds"), [(1, None, "l"), (3, None, "lhl"), (3, ["lsh"], "hhh")])
+def test_kinds_of_layers(layers: int, given: list[str] | None, kinds: str) -> None:
+    options = {} if given is None else {"attn_layers": given}
+    model = build(num_hidden_layers=layers, **options)
+    found = [isinstance(layer, lsh.LSHSelfAttention) for layer in model.encoder.attentions()]
+    assert found == [kind == "h" for kind in kinds]
+
+
 LENGTHS = [1, 16, 17, 40, 130, 300]
 
 
@@ -133,6 +141,16 @@ def test_texts_of_one_batch_keep_their_own_counts() -> None:
     for row, length in enumerate(lengths):
         alone = model(ids[row : row + 1, 60 - length :]).past_key_values
         assert_close(model(more[row : row + 1], past_key_values=alone).logits[0], step[row], **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@torch.no_grad()
+def test_chunks_ahead_do_not_lead_back_to_the_first(backend: str) -> None:
+    """A causal layer sees nothing of them, and the last chunk no more than others."""
+    options = {"attn_layers": ["local"], "attn_implementation": backend}
+    plain, ahead = (build(CAUSAL, local_num_chunks_after=after, **options) for after in (0, 2))
+    ids = random_ids(2, 60)
+    assert torch.equal(ahead(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
 
 
 def caches(model: PreTrainedModel, ids: Tensor, keep: Tensor) -> Any:
@@ -290,8 +308,10 @@ def test_a_resize_keeps_the_heads_bias() -> None:
 @torch.no_grad()
 def test_logits_in_chunks() -> None:
     ids = random_ids(2, 50)
-    whole, parts = (build(CAUSAL, chunk_size_lm_head=size)(ids).logits for size in (0, 7))
-    assert_close(parts, whole, **CLOSE)
+    for size in (0, 7):
+        model = build(CAUSAL, chunk_size_lm_head=size)
+        head, states = model.lm_head, model.reformer(ids).last_hidden_state
+        assert_close(model(ids).logits, states @ head.decoder.weight.T + head.bias, **CLOSE)
 
 
 # Bytes.

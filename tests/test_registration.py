@@ -21,6 +21,7 @@ from helpers import (
     model_class,
     no_warnings,
     tiny_config,
+    tiny_pieces,
     tiny_tokenizer,
     tiny_unigrams,
     tiny_wordpieces,
@@ -322,7 +323,7 @@ def test_upstream_types_are_untouched(fresh: Callable[[str], str], tmp_path: Pat
 @EVERY_FAMILY
 def test_tokenizer(family: str, tmp_path: Path, fresh: Callable[[str], str]) -> None:
     # The default of a family reads its own kind of vocabulary.
-    make = {"BertTokenizer": tiny_wordpieces, "BigBirdTokenizer": tiny_unigrams}
+    make = {"BertTokenizer": tiny_wordpieces, "BigBirdTokenizer": tiny_unigrams, "ReformerTokenizer": tiny_pieces}
     tokenizer = make.get(FAMILIES[family].tokenizer, tiny_tokenizer)(max_length=77)
     tokenizer.save_pretrained(tmp_path)
     tiny_config(family).save_pretrained(tmp_path)

@@ -20,7 +20,7 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     the two kinds of attention. `feed_forward_size` is another name of `intermediate_size`.
 
     Args:
-        attn_layers: `"local"` or `"lsh"` for each layer; a shorter list is repeated.
+        attn_layers: `"local"` or `"lsh"` for each layer; a shorter list is repeated. None takes them in turn.
         attention_head_size: width of a head; None is a share of `hidden_size`.
         lsh_attention_probs_dropout_prob, local_attention_probs_dropout_prob: dropout of probabilities in these layers;
             None is `attention_probs_dropout_prob`.
@@ -55,7 +55,7 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     )
     qkv_bias: ClassVar[bool] = False
 
-    attn_layers: list[str] | tuple[str, ...] = ("local", "lsh")
+    attn_layers: list[str] | tuple[str, ...] | None = None
     attention_head_size: int | None = None
     vocab_size: int = 320
     hidden_size: int = 256
@@ -80,6 +80,9 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
     reversible: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.attn_layers is None:
+            # A single layer has room for the first only.
+            self.attn_layers = LAYER_KINDS[: max(1, self.num_hidden_layers)]
         if self.axial_pos_shape is None:
             side = max(1, math.isqrt(max(0, self.max_position_embeddings - 1)) + 1)
             self.axial_pos_shape = [side, max(1, -(-self.max_position_embeddings // side))]
