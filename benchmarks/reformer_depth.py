@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from hf_efficient_attn.bench import (
+    BASE,
+    MIB,
     Bounds,
     describe,
     environment_line,
@@ -23,8 +25,6 @@ from hf_efficient_attn.bench import (
     run_script,
     split_numbers,
 )
-from hf_efficient_attn.bench.memory import MIB
-from hf_efficient_attn.bench.study import BASE
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)

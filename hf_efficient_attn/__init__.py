@@ -12,7 +12,6 @@ from .auto import FAMILIES, public_names, register
 
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
-    from .byte_tokenizer import byte_tokenizer
     from .callbacks import RedrawProjections, RedrawRotations
     from .data import DataCollatorWithGlobalAttention
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
         EffReformerPreTrainedModel,
     )
     from .question_answering import QuestionAnswerer
+    from .tokenization import byte_tokenizer
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ _OTHER_NAMES = {
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
-    "byte_tokenizer": ".byte_tokenizer",
+    "byte_tokenizer": ".tokenization",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]

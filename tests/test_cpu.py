@@ -9,7 +9,7 @@ from frame_family import BERT, build, inputs_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_efficient_attn.cpu import dropout_add, feed_forward, residual
+from hf_efficient_attn.cpu import dropout, dropout_add, feed_forward, residual
 
 
 def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -56,6 +56,20 @@ def test_torch_func_takes_it() -> None:
     found = torch.func.grad(loss, argnums=(0, 1))(states, rest)
     wanted = [x.clone().requires_grad_() for x in (states, rest)]
     torch.testing.assert_close(found, torch.autograd.grad(loss(*wanted), wanted))
+
+
+def test_dropout_alone_keeps_its_share_and_its_gradient() -> None:
+    states = torch.ones(300, 1000, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    result = dropout(states, 0.3)
+    assert ((result == 0).double().mean() - 0.3).abs() < 0.005
+    assert (result.mean() - 1).abs() < 0.005
+    (grad,) = torch.autograd.grad(result.sum(), states)
+    assert torch.equal(grad, result.detach()), "of ones, the factor itself"
+    torch.manual_seed(0)
+    assert torch.equal(dropout(states, 0.3), result)
+    for p in (0.0, 1.0):
+        torch.testing.assert_close(dropout(states, p), states * (1 - p))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])

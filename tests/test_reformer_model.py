@@ -23,7 +23,7 @@ from transformers import (
 from hf_efficient_attn import EffReformerForMaskedLM, EffReformerForSequenceClassification, RedrawRotations
 from hf_efficient_attn.attention import lsh
 from hf_efficient_attn.attention.lsh import lsh_layers
-from hf_efficient_attn.byte_tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
+from hf_efficient_attn.tokenization import BYTE_VOCAB_SIZE, byte_tokenizer
 
 
 FAMILY = "eff_reformer"
@@ -141,16 +141,6 @@ def test_texts_of_one_batch_keep_their_own_counts() -> None:
     for row, length in enumerate(lengths):
         alone = model(ids[row : row + 1, 60 - length :]).past_key_values
         assert_close(model(more[row : row + 1], past_key_values=alone).logits[0], step[row], **CLOSE)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@torch.no_grad()
-def test_chunks_ahead_do_not_lead_back_to_the_first(backend: str) -> None:
-    """A causal layer sees nothing of them, and the last chunk no more than others."""
-    options = {"attn_layers": ["local"], "attn_implementation": backend}
-    plain, ahead = (build(CAUSAL, local_num_chunks_after=after, **options) for after in (0, 2))
-    ids = random_ids(2, 60)
-    assert torch.equal(ahead(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
 
 
 def caches(model: PreTrainedModel, ids: Tensor, keep: Tensor) -> Any:

@@ -54,8 +54,7 @@ class LocalSelfAttention(ChunkSelfAttention):
         self.chunks = {
             "chunk_length": self.options.local_attn_chunk_length,
             "chunks_before": self.options.local_num_chunks_before,
-            # Later chunks are of no use to a causal layer; behind the last one would be the first ones again.
-            "chunks_after": 0 if self.is_causal else self.options.local_num_chunks_after,
+            "chunks_after": self.options.local_num_chunks_after,
             "released": self.options.chunk_rule == "released",
             "exclude_self": False,
         }

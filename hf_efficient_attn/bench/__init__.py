@@ -13,11 +13,12 @@ from .memory import GIB, MIB, available_bytes
 from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
-from .study import Study, run_script, study_app
+from .study import BASE, Study, run_script, study_app
 from .turns import forward_or_gradients, take_turns
 
 
 __all__ = [
+    "BASE",
     "DTYPES",
     "GIB",
     "KINDS",

@@ -1,4 +1,4 @@
-"""Dropout and the residual after it in one step, which keeps a seed for the backward pass and nothing else."""
+"""Dropout, alone or with the residual after it in one step, which keeps a seed for backward and nothing else."""
 
 from typing import Any
 
@@ -17,17 +17,27 @@ def dropout_add(states: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
 
     Srivastava et al. 2014 (dropout). Time O(states), no memory but the result on a CPU.
     """
-    own = (
-        0.0 < dropout_p < 1.0
-        and states.device.type == "cpu"
-        and states.dtype == residual.dtype
-        and states.dtype in (torch.float32, torch.float64)
-        and states.shape == residual.shape
-        and not torch.compiler.is_compiling()
-    )
-    if not own:
+    fits = states.dtype == residual.dtype and states.shape == residual.shape
+    if not fits or not _is_own(states, dropout_p):
         return residual + F.dropout(states, dropout_p)
     return _DropoutAdd.apply(states, residual, draw_replay(dropout_p))
+
+
+def dropout(states: Tensor, dropout_p: float) -> Tensor:
+    """`torch.nn.functional.dropout`, on a CPU in eager mode several times quicker and without a mask in memory.
+
+    `states` is `[..., width]`, and so is the result.
+
+    Srivastava et al. 2014 (dropout). Time O(states), no memory but the result on a CPU.
+    """
+    return (
+        _Dropout.apply(states, draw_replay(dropout_p)) if _is_own(states, dropout_p) else F.dropout(states, dropout_p)
+    )
+
+
+def _is_own(states: Tensor, dropout_p: float) -> bool:
+    own = 0.0 < dropout_p < 1.0 and states.device.type == "cpu" and not torch.compiler.is_compiling()
+    return own and states.dtype in (torch.float32, torch.float64)
 
 
 def _dropped(states: Tensor, residual: Tensor | None, dropout: DropoutReplay) -> Tensor:

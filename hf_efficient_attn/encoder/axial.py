@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .chunks import in_chunks, inference_chunk
 from .configuration import EffEncoderConfig
+from .layer import dropped
 
 
 class AxialPositionEmbeddings(nn.Module):
@@ -73,4 +74,4 @@ class AxialEmbeddings(nn.Module):
         return in_chunks(self._sum, inference_chunk(inputs_embeds, self), inputs_embeds, position_ids)
 
     def _sum(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        return self.dropout(inputs_embeds) + self.position_embeddings(position_ids, inputs_embeds.shape[0])
+        return dropped(self.dropout, inputs_embeds) + self.position_embeddings(position_ids, inputs_embeds.shape[0])

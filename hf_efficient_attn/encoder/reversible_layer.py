@@ -9,7 +9,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .activations import activation
 from .chunks import in_chunks
 from .configuration import EffEncoderConfig
-from .layer import AttentionFactory, Recorded
+from .layer import AttentionFactory, Recorded, dropped
 from .reversible import ReversibleTape, reversible_step
 
 
@@ -26,7 +26,7 @@ class AttentionOutput(nn.Module):
 
     def forward(self, mixed: Tensor) -> Tensor:
         """`[batch, length, in_features]` -> `[batch, length, hidden]`."""
-        return self.dropout(self.dense(mixed))
+        return dropped(self.dropout, self.dense(mixed))
 
 
 class ReversibleAttention(Recorded):
@@ -58,7 +58,7 @@ class FeedForwardDense(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, intermediate]`."""
-        return self.activation(self.dropout(self.dense(hidden_states)))
+        return self.activation(dropped(self.dropout, self.dense(hidden_states)))
 
 
 class FeedForwardOutput(nn.Module):
@@ -71,7 +71,7 @@ class FeedForwardOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, intermediate]` -> `[batch, length, hidden]`."""
-        return self.dropout(self.dense(hidden_states))
+        return dropped(self.dropout, self.dense(hidden_states))
 
 
 class FeedForward(nn.Module):
@@ -160,14 +160,16 @@ class ReversibleEncoder(nn.Module):
     ) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, 2 * hidden]`.
 
-        `reverse` allows to compute states again in the backward pass, which a cache would notice.
+        `reverse` allows to compute states again in the backward pass, but for the last layer's; a cache would notice.
         """
         reverse = reverse and self.reversible and context.get("past_key_values") is None
         tape = ReversibleTape() if reverse and torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
         x1 = x2 = hidden_states
-        for layer in self.layers:
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
             if tape is None and self.gradient_checkpointing and self.training:
-                x2, x1 = self._gradient_checkpointing_func(layer.__call__, x2, x1, key_padding_mask, tape, **context)
+                x2, x1 = self._gradient_checkpointing_func(layer.__call__, x2, x1, key_padding_mask, **context)
             else:
-                x2, x1 = layer(x2, x1, key_padding_mask, tape, **context)
-        return self.dropout(self.layer_norm(torch.cat([x1, x2], dim=-1)))
+                # The last layer's backward pass comes first: to keep its states costs memory that the others take, too.
+                x2, x1 = layer(x2, x1, key_padding_mask, tape if number < last else None, **context)
+        return dropped(self.dropout, self.layer_norm(torch.cat([x1, x2], dim=-1)))

@@ -31,8 +31,8 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
             rest.
         axial_norm_std: standard deviation of new axial embeddings.
         chunk_size_lm_head: tokens at a time that get logits, 0 for all at once.
-        reversible: compute states again in the backward pass instead of keeping them; False for higher derivatives.
-            Compiled and exported models keep them.
+        reversible: compute states again in the backward pass instead of keeping them, but for the last layer's; False
+            for higher derivatives. Compiled and exported models keep them.
 
     Example:
 

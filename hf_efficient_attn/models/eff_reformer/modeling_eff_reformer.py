@@ -35,6 +35,8 @@ class EffReformerPreTrainedModel(EffPreTrainedModel):
     base_model_prefix = "reformer"
     _no_split_modules = ["AxialEmbeddings", "ReversibleLayer"]
     _can_record_outputs = ReversibleEncoder.recorded
+    # Tokens that are tried and taken back would sort the others differently: transformers refuses assisted generation.
+    _is_stateful = True
     # Masks that transformers' Reformer kept as buffers, and the bias under the name that it had once.
     _keys_to_ignore_on_load_unexpected = [r"mask_value_float(16|32)$", r"lm_head\.(decoder\.)?bias$"]
 
