@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_prints_bits_per_byte_of_model_and_baselines(trained: tuple[Path, str]) -> None:
     found = bits(trained[1])
     # Frequencies 3, 3, 2, 1, 1 of ten have 2.17 bits, the smoothing a little more; a repeated text costs bzip2 little.
-    assert 2.17 < found["unigram"] < 2.3
+    assert 2.17 < found["unigram"] < 2.4
     assert found["bzip2"] < 0.5
     assert found["model"] < 7.0, "below the 8 bits of nothing known"
 
