@@ -2,8 +2,18 @@
 
 from .feed_forward import feed_forward
 from .modules import is_plain
+from .projections import linear_maps
 from .residual import dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
 
-__all__ = ["CHUNK_BYTES", "DropoutReplay", "Scratch", "draw_replay", "dropout_add", "feed_forward", "is_plain"]
+__all__ = [
+    "CHUNK_BYTES",
+    "DropoutReplay",
+    "Scratch",
+    "draw_replay",
+    "dropout_add",
+    "feed_forward",
+    "is_plain",
+    "linear_maps",
+]
