@@ -133,33 +133,86 @@ def test_autocast_does_not_reach_the_inverse(function: Callable[..., Tensor]) ->
     assert shape == plain.shape, "a device without autocast"
 
 
-@pytest.mark.parametrize("chunk", [1, 10**9])
-@pytest.mark.parametrize("count", [5, 3000])
-def test_dropout_on_a_cpu_is_that_of_the_plain_form(count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and gradients, with the entries that were dropped, head by head and all at once."""
-    monkeypatch.setattr(dropout_cpu, "CHUNK_BYTES", chunk)
+def kept_entries(few: bool, query: Tensor, key: Tensor, dropout_p: float) -> Tensor:
+    """What dropout keeps over the share it keeps, `[batch, heads, queries, length]`, drawn in the kernel's order."""
+    replay = draw_replay(dropout_p)
+    kept, draws = query.new_empty(*query.shape[:3], key.shape[2]), replay.generator()
+    for where in dropout_cpu._chunks(query, key) if few else dropout_cpu._parts(query, key):
+        at = (where[0], slice(None), slice(None), where[1]) if few else where
+        kept[at] = replay.kept(kept[at], Scratch(), draws)
+    assert key.shape[2] < 1000 or abs(kept.mean() - replay.keep_share) < 0.01
+    return kept / replay.keep_share
+
+
+def masked_biases(count: int) -> dict[str, Tensor | None]:
+    """No bias, one that all examples share, one where the first example has no key, one with half or no keys at all."""
+    lowest = torch.finfo(torch.float64).min
+    shared, own = (torch.zeros(n, 1, 1, count, dtype=torch.float64) for n in (1, 3))
+    shared[..., : count // 2] = lowest
+    own[1, ..., count // 2 :], own[2] = lowest, lowest
+    infinite = torch.where(shared < 0, -torch.inf, 0.0)
+    return {"none": None, "shared": shared, "own": own, "infinite": infinite}
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["heads", "chunks"])
+@pytest.mark.parametrize("bias", ["none", "shared", "own", "infinite"])
+@pytest.mark.parametrize(("count", "keys"), [(5, 1), (300, 1), (300, 17), (3000, 700), (300, 10**6)])
+def test_dropout_on_a_cpu_is_that_of_the_plain_form(
+    count: int, keys: int, bias: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and gradients, with the entries that were dropped: some heads at a time, or some keys of all heads.
+
+    Where an example has no key both are the mean of the values. Merged heads are split as a model splits them.
+    """
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(dropout_cpu, "CHUNK_BYTES", 8 * HEADS * 7 * keys // threads + threads if few else keys)
+    monkeypatch.setattr(dropout_cpu, "_FEW_QUERIES", 7 if few else 6)
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
-        torch.randn(3, HEADS, n, HEAD_DIM, generator=generator, dtype=torch.float64).requires_grad_()
+        torch.randn(3, n, HEADS, HEAD_DIM, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for n in (7, count, count)
     )
-    bias = torch.zeros(3, 1, 1, count, dtype=torch.float64)
-    bias[1, ..., count // 2 :] = torch.finfo(torch.float64).min
+    added = masked_biases(count)[bias]
+    few = few and keys < count
     torch.manual_seed(0)
-    replay = draw_replay(0.25)
-    kept, share, draws = torch.empty(3, HEADS, 7, count, dtype=torch.float64), replay.keep_share, replay.generator()
-    for where in dropout_cpu._parts(query, key):
-        kept[where] = replay.kept(kept[where], Scratch(), draws)
-    assert share == 0.75 and (count == 5 or abs(kept.mean() - share) < 0.01)
+    kept = kept_entries(few, query, key, 0.25)
     torch.manual_seed(0)
-    ours = dropout_cpu.cpu_dropout_attention(query, key, value, bias, 0.25)
-    probs = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1)
-    right = (probs * kept / share) @ value
+    ours = dropout_cpu.cpu_dropout_attention(query, key, value, added, 0.25)
+    assert (type(ours.grad_fn).__name__ == "_ChunkedDropoutAttentionBackward") is few
+    scores = query @ key.transpose(-1, -2)
+    right = ((scores if added is None else scores + added).softmax(dim=-1) * kept) @ value
     assert_close(ours, right, rtol=0, atol=1e-12)
     weight = torch.randn(right.shape, generator=generator, dtype=torch.float64)
     found, expected = (torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (ours, right))
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, rtol=0, atol=1e-12)
+    assert found[1].stride() == key.stride() and found[2].stride() == value.stride(), "as a model reads them"
+
+
+def test_dropout_in_chunks_agrees_with_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_cpu, "_keys_at_once", lambda query: 4)
+    inputs = [x.detach()[:, :, :n].requires_grad_() for x, n in zip(qkv(2, 11), (3, 11, 11), strict=True)]
+    bias = torch.zeros(2, 1, 1, 11, dtype=torch.float64)
+    bias[1, ..., :5] = torch.finfo(torch.float64).min
+
+    def attend(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return dropout_cpu.cpu_dropout_attention(*tensors, bias, 0.3)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_chunks_keep_large_scores_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, where the logarithm of a sum would vanish beside the largest score."""
+    query, key, value = (x.detach()[:, :, :n] for x, n in zip(qkv(1, 64), (2, 64, 64), strict=True))
+    key = key[:, :, :1] * 1e7 + torch.zeros_like(key)
+    right = value.mean(dim=2, keepdim=True).expand(-1, -1, 2, -1)
+    monkeypatch.setattr(dropout_cpu, "_keys_at_once", lambda query: 5)
+    inputs = [x.float().requires_grad_() for x in (query, key, value)]
+    ours = dropout_cpu.cpu_dropout_attention(*inputs, None, 1e-9)
+    assert_close(ours, right.float())
+    (grad,) = torch.autograd.grad(ours.sum(), inputs[2])
+    assert_close(grad, torch.full_like(grad, 2 / 64))
 
 
 def test_an_exact_inverse_is_exact_in_single_precision() -> None:
@@ -170,7 +223,10 @@ def test_an_exact_inverse_is_exact_in_single_precision() -> None:
     assert found.dtype == torch.float32
 
 
-def test_backward_inside_autocast_is_exact() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_backward_inside_autocast_is_exact(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_cpu, "_keys_at_once", lambda query: 7 if few else 10**6)
+
     def gradients(inside: bool) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
         inputs = [x.detach().requires_grad_() for x in qkv(1, 60, torch.float32)]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..cpu import linear_maps
 from ..functional import dense_attention, softmax_attention
 
 
@@ -61,11 +62,8 @@ class SelfAttention(nn.Module):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[batch, heads, length, head_dim]` of `hidden_states` `[batch, length, hidden]`."""
-        return (
-            self.split(self.query(hidden_states)),
-            self.split(self.key(hidden_states)),
-            self.split(self.value(hidden_states)),
-        )
+        query, key, value = linear_maps(hidden_states, (self.query, self.key, self.value))
+        return self.split(query), self.split(key), self.split(value)
 
     def split(self, projected: Tensor) -> Tensor:
         """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""

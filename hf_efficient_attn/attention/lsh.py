@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..cpu import linear_maps
 from ..functional import hash_buckets, hash_rotations, powers_of_two, table_sizes, valid_counts
 from .chunks import ChunkSelfAttention, check_chunks
 
@@ -105,8 +106,9 @@ class LSHSelfAttention(ChunkSelfAttention):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `SelfAttention.project`."""
-        query = self.split(self.query_key(hidden_states))
-        return query, unit_keys(query), self.split(self.value(hidden_states))
+        query, value = linear_maps(hidden_states, (self.query_key, self.value))
+        query = self.split(query)
+        return query, unit_keys(query), self.split(value)
 
     def factors(self, counts: Tensor, max_length: int) -> tuple[Tensor, tuple[int, ...]]:
         """Bucket factors `[batch or 1, tables]` for examples of `counts` `[batch]` tokens, and room for each.

@@ -2,6 +2,7 @@
 
 from .feed_forward import feed_forward
 from .modules import is_plain
+from .projections import linear_maps
 from .residual import dropout, dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
@@ -15,4 +16,5 @@ __all__ = [
     "dropout_add",
     "feed_forward",
     "is_plain",
+    "linear_maps",
 ]

@@ -1,7 +1,8 @@
-"""Softmax attention with dropout on a CPU, a few heads at a time: backward computes the probabilities again.
+"""Softmax attention with dropout on a CPU, in parts: backward computes the probabilities again.
 
 The same function as with `torch.nn.functional.dropout` on the probabilities, for eager mode. Nothing of the size of the
-matrix is kept: probabilities come from the inputs again, and what was dropped from a seed.
+matrix is kept: probabilities come from the inputs again, and what was dropped from a seed. A part is a few heads, or,
+for few queries and many keys, some keys of all heads.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
+
+
+# Up to so many queries, keys go in chunks: what is kept and scaled anew from chunk to chunk is small then.
+_FEW_QUERIES = 256
 
 
 def cpu_dropout_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
@@ -26,9 +31,18 @@ def cpu_dropout_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tenso
     Returns:
         As `query`.
 
-    Srivastava et al. 2014 (dropout). Time O(queries * length), memory O(queries + length) besides some heads at a time.
+    Srivastava et al. 2014 (dropout). Time O(queries * length), memory O(queries + length) besides some heads, or some
+    keys of all heads, at a time.
     """
-    return _DropoutAttention.apply(query, key, value, bias, draw_replay(dropout_p))
+    in_chunks = query.shape[2] <= _FEW_QUERIES and _keys_at_once(query) < key.shape[2]
+    form = _ChunkedDropoutAttention if in_chunks else _DropoutAttention
+    return form.apply(query, key, value, bias, draw_replay(dropout_p))
+
+
+def _keys_at_once(query: Tensor) -> int:
+    """Keys whose scores for all heads of one example a chunk holds, at least one."""
+    key_bytes = max(1, query.shape[1] * query.shape[2] * query.dtype.itemsize)
+    return max(1, CHUNK_BYTES * torch.get_num_threads() // key_bytes)
 
 
 def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -81,4 +95,80 @@ class _DropoutAttention(torch.autograd.Function):
                 scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, probs.dtype)
                 query_grad[where] = torch.matmul(scores_grad, key[where])
                 key_grad[where] = torch.matmul(scores_grad.transpose(-1, -2), query[where])
+        return query_grad, key_grad, value_grad, None, None
+
+
+def _chunks(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
+    """Keys at a time for all heads of one example.
+
+    Where heads are split, a head's rows are about a page of memory apart: head by head every page would be looked up
+    anew for each head.
+    """
+    step = _keys_at_once(query)
+    for example in range(query.shape[0]):
+        for start in range(0, key.shape[2], step):
+            yield example, slice(start, start + step)
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, example: int, part: slice, scratch: Scratch) -> Tensor:
+    """`[heads, queries, keys]` of one chunk, in memory of `scratch`."""
+    near = key[example, :, part]
+    scores = scratch.take("scores", (*query.shape[1:3], near.shape[1]), query.dtype)
+    torch.bmm(query[example], near.transpose(1, 2), out=scores)
+    if bias is not None:
+        scores += bias[example if bias.shape[0] > 1 else 0, ..., part]
+    return scores
+
+
+class _ChunkedDropoutAttention(torch.autograd.Function):
+    """The same function with the softmax taken chunk by chunk (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: DropoutReplay
+    ) -> Tensor:
+        batch, heads, queries, width = query.shape
+        # In the order in which heads are merged.
+        result = query.new_empty(batch, queries, heads, width).transpose(1, 2)
+        # Finite from the start, so that a chunk of nothing but -inf makes no NaN.
+        largest = query.new_full((batch, heads, queries, 1), torch.finfo(query.dtype).min)
+        total = torch.zeros_like(largest)
+        mixed = query.new_zeros(query.shape)
+        generator, scratch = dropout.generator(), Scratch()
+        for example, part in _chunks(query, key):
+            scores, most = _scores(query, key, bias, example, part, scratch), largest[example]
+            new_most = torch.maximum(most, scores.amax(dim=-1, keepdim=True))
+            shrink = (most - new_most).exp_()
+            most.copy_(new_most)
+            weights = scores.sub_(most).exp_()
+            total[example].mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+            weights.mul_(dropout.kept(weights, scratch, generator))
+            mixed[example].mul_(shrink).baddbmm_(weights, value[example, :, part])
+        torch.div(mixed, total * dropout.keep_share, out=result)
+        # Not as one logarithm, which next to a large maximum would lose the digits of the sum.
+        ctx.save_for_backward(query, key, value, bias, result, largest, total)
+        ctx.dropout = dropout
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, result, largest, total = ctx.saved_tensors
+        key_grad, value_grad = torch.empty_like(key), torch.empty_like(value)
+        query_grad = query.new_zeros(query.shape)
+        generator, scratch = ctx.dropout.generator(), Scratch()
+        with torch.autocast("cpu", enabled=False):
+            # The sum divides what is small, and not each weight.
+            through = (grad * result).sum(dim=-1, keepdim=True).div_(total)
+            above = torch.div(grad, total * ctx.dropout.keep_share).contiguous()
+            for example, part in _chunks(query, key):
+                weights = _scores(query, key, bias, example, part, scratch).sub_(largest[example]).exp_()
+                kept = ctx.dropout.kept(weights, scratch, generator)
+                scores_grad = scratch.take("scores_grad", tuple(weights.shape), weights.dtype)
+                torch.bmm(above[example], value[example, :, part].transpose(1, 2), out=scores_grad)
+                scores_grad.mul_(kept).sub_(through[example]).mul_(weights)
+                rows = scratch.take("rows", key[example, :, part].shape, key.dtype)
+                value_grad[example, :, part] = torch.bmm(kept.mul_(weights).transpose(1, 2), above[example], out=rows)
+                query_grad[example].baddbmm_(scores_grad, key[example, :, part])
+                key_grad[example, :, part] = torch.bmm(scores_grad.transpose(1, 2), query[example], out=rows)
         return query_grad, key_grad, value_grad, None, None
