@@ -37,7 +37,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4, help="local and LSH ones in turn (default: %(default)s)")
     parser.add_argument("--hashes", type=int, default=1, help="rounds of hashing (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("reformer-bytes"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
@@ -117,7 +117,8 @@ def main() -> None:
         num_hashes=arguments.hashes,
         max_position_embeddings=arguments.context,
         hidden_dropout_prob=0.0,
-        axial_norm_std=0.1,
+        initializer_range=0.08,
+        axial_norm_std=0.02,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -137,6 +138,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=arguments.steps // 20,
             weight_decay=0.01,
+            adam_beta2=0.98,
             logging_steps=max(1, arguments.steps // 20),
             save_steps=max(1, arguments.steps // 3),
             save_total_limit=1,
