@@ -6,7 +6,8 @@
 
 Without --text it is the language reference that ships with Python. The last tenth is held out. Prints bits per byte
 there: of the model, of the bytes' frequencies (unigram) and of bzip2, which has read the rest before. Saves the model
-and its tokenizer, and continues a piece of the held-out text.
+and its tokenizer, and continues a piece of the held-out text. The model reads a context at once, where a byte's place
+in the sorted order of an LSH layer depends on later bytes, though it attends none of them: bits are those of this form.
 
 On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
 """
@@ -42,8 +43,16 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("reformer-bytes"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
     arguments = parser.parse_args()
-    if min(arguments.context, arguments.steps, arguments.layers, arguments.hashes) < 1:
-        parser.error("--context, --steps, --layers and --hashes must be 1 or more")
+    if min(arguments.steps, arguments.layers, arguments.hashes) < 1:
+        parser.error("--steps, --layers and --hashes must be 1 or more")
+    if arguments.context < 8:
+        parser.error(f"--context {arguments.context}: give 8 bytes or more")
+    if arguments.hidden_size < 4 or arguments.hidden_size % 4:
+        parser.error(f"--hidden-size {arguments.hidden_size}: give a multiple of 4, the number of heads")
+    if not arguments.learning_rate > 0 or not 0 <= arguments.seed < 2**32:
+        parser.error("--learning-rate must be above 0, and --seed from 0 to 2 ** 32 - 1")
+    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        parser.error(f"--output-dir: {arguments.output_dir} is a file")
     for path in arguments.text or []:
         if not path.is_file():
             parser.error(f"--text: there is no file {path}")
@@ -103,8 +112,8 @@ def main() -> None:
     arguments = read_arguments()
     text = read_bytes(arguments.text)
     tokenizer = byte_tokenizer(model_max_length=arguments.context)
-    # What the tokenizer gives for UTF-8, for bytes of any encoding.
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + 2
+    # What the tokenizer gives for UTF-8, but for bytes of any encoding and without special tokens.
+    ids = torch.tensor(list(text), dtype=torch.long) + 2
     split = len(ids) * 9 // 10
     if split < 2 or len(ids) - split < 2:
         raise SystemExit(f"the text has {len(ids)} bytes; give more, of which a tenth can be held out.")

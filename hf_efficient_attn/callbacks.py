@@ -72,9 +72,9 @@ class RedrawRotations(_Redraw):
     """Gives LSH layers (Reformer) other hash directions in training, every `every` optimizer steps.
 
     Which ones come is a pure function of the config's `hash_seed`, the layer, the round and the step: the same on every
-    rank, and after a resume as without the interruption. They are no weights and are not saved: at the end of the
-    training the model has the first ones again, as it will have when it is loaded. The released code draws at every
-    step.
+    rank, and after a resume as without the interruption. They are no weights and are not saved: between two steps,
+    where models are evaluated and saved, a model has the first ones, as it will have when it is loaded. The released
+    code draws at every step.
 
     Args:
         every: optimizer steps from one draw to the next, 1 or more.
@@ -92,14 +92,13 @@ class RedrawRotations(_Redraw):
     layers = staticmethod(lsh_layers)
     kind = "LSH"
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Looks whether there is anything to draw, and draws what a resumed run had."""
-        super().on_train_begin(args, state, control, model, **kwargs)
+        """Puts the step's directions in place."""
         self.redraw(model, state.global_step // self.every)
 
-    def on_train_end(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Puts the first ones back."""

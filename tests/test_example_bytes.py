@@ -63,12 +63,18 @@ def test_resumes(trained: tuple[Path, str]) -> None:
     [
         (["--text", "missing.txt"], "there is no file missing.txt"),
         (["--steps", "0"], "must be 1 or more"),
+        (["--context", "3"], "give 8 bytes or more"),
+        (["--hidden-size", "33"], "multiple of 4"),
+        (["--seed", "-1"], "--seed from 0"),
+        (["--output-dir", "tiny.txt"], "tiny.txt is a file"),
+        (["--text", "empty.txt"], "the text has 0 bytes"),
         (["--text", "tiny.txt"], "the text has 3 bytes"),
         (["--text", "long.txt", "--resume", "--output-dir", "nowhere"], "no checkpoint in nowhere"),
     ],
 )
 def test_wrong_use_is_explained(tmp_path: Path, options: list[str], message: str) -> None:
     (tmp_path / "tiny.txt").write_bytes(b"abc")
+    (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "long.txt").write_bytes(b"abc" * 100)
     result = example(tmp_path, *options)
     assert result.returncode != 0

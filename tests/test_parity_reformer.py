@@ -167,6 +167,16 @@ def test_layers_and_rounds(head: Head, rounds: int, layers: list[str], tmp_path:
     assert_same(head, ours(ids), original(ids))
 
 
+@pytest.mark.parametrize(("layers", "depth"), [(["local"], 3), (["local", "lsh", "local"], 2)], ids=["more", "fewer"])
+@torch.no_grad()
+def test_a_depth_of_its_own(layers: list[str], depth: int, tmp_path: Path) -> None:
+    """transformers lets the number of layers win over the list of kinds."""
+    original, ours = pair(BASE, tmp_path, attn_layers=layers, num_hidden_layers=depth)
+    assert len(original.encoder.layers) == len(ours.encoder.layers) == depth
+    ids = random_ids(2, LENGTH)
+    assert_same(BASE, ours(ids), original(ids))
+
+
 @pytest.mark.parametrize("name", [*OPTIONS, "ahead"])
 @pytest.mark.parametrize("head", [BASE, CAUSAL], ids=["encoder", "causal"])
 @torch.no_grad()

@@ -92,6 +92,37 @@ def test_gradients_at_any_length(length: int, decoder: bool) -> None:
     assert_equal_grads(models, inputs_of("AutoModel", length, (length, length // 2 + 1, 1)))
 
 
+def _switch(model: nn.Module, loss: Tensor) -> None:
+    model.eval()
+    loss.backward()
+
+
+REFUSED: dict[str, tuple[str, Callable[[nn.Module, Tensor], Any]]] = {
+    "eval": (r"train\(\) and eval\(\)", _switch),
+    "graph of a gradient": ("create_graph=True", lambda model, loss: loss.backward(create_graph=True)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_computed_again_is_refused(name: str) -> None:
+    message, call = REFUSED[name]
+    model = build()
+    with pytest.raises(RuntimeError, match=message):
+        call(model, loss_of(model, inputs_of("AutoModel", 20)))
+
+
+def test_a_hooks_own_weights_are_not_forgotten() -> None:
+    model = build()
+    factor = nn.Parameter(torch.ones(32, dtype=torch.float64))
+    attention = layers_of(model)[1].attention
+    attention.register_forward_hook(lambda module, args, output: (output[0] * factor, output[1]))
+    with pytest.raises(RuntimeError, match=r"shape \[32\].*reversible=False"):
+        loss_of(model, inputs_of("AutoModel", 20)).backward()
+    attention.scale = factor  # now it is the layer's
+    loss_of(model, inputs_of("AutoModel", 20)).backward()
+    assert (factor.grad != 0).any()
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunks": {"chunk_size_feed_forward": 7},
     "one chunk": {"chunk_size_feed_forward": 1000},

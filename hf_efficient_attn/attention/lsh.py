@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .lsh_cache import LSHCacheLayer
 
 
+# Directions for one factor of the buckets cost half as many products a token.
+_MOST_BUCKETS = 2**16
+
+
 @dataclass(kw_only=True)
 class LSHOptions:
     """Options of LSH attention, with the names and defaults of published configs.
@@ -39,7 +43,7 @@ class LSHOptions:
     lsh_num_chunks_before: int = 1
     lsh_num_chunks_after: int = 0
     num_hashes: int = 1
-    num_buckets: int | list[int] | None = None
+    num_buckets: int | list[int] | tuple[int, ...] | None = None
     hash_seed: int = 0
     chunk_rule: str = "released"
 
@@ -57,15 +61,22 @@ class LSHOptions:
                     f"num_buckets = {self.num_buckets}: each direction makes two buckets, so every number must be even "
                     "and positive; None chooses by the length."
                 )
-        if self.num_buckets == []:
-            raise ValueError("num_buckets = []: give a number, a list of factors, or None.")
+            if count > _MOST_BUCKETS:
+                raise ValueError(
+                    f"num_buckets = {self.num_buckets}: each factor has half as many directions for every token, so "
+                    f"none may be above {_MOST_BUCKETS:,}; give several, such as [256, 256]."
+                )
+        if self.num_buckets is not None and not 0 < math.prod(self.fixed_buckets) <= 2**31:
+            raise ValueError(f"num_buckets = {self.num_buckets}: their product must be at most 2 ** 31.")
+        if self.fixed_buckets == ():
+            raise ValueError(f"num_buckets = {self.num_buckets}: give a number, a list of factors, or None.")
 
     @property
     def fixed_buckets(self) -> tuple[int, ...] | None:
         """`num_buckets` as factors, or None."""
         if self.num_buckets is None:
             return None
-        return tuple(self.num_buckets) if isinstance(self.num_buckets, list) else (self.num_buckets,)
+        return (self.num_buckets,) if isinstance(self.num_buckets, int) else tuple(self.num_buckets)
 
 
 def unit_keys(query: Tensor) -> Tensor:
@@ -102,6 +113,8 @@ class LSHSelfAttention(ChunkSelfAttention):
 
     def redraw_(self, count: int) -> None:
         """Use the hash directions after `count` redraws; 0 are the first ones."""
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
+            raise ValueError(f"count = {count!r}: give the number of redraws so far, from 0 to 2 ** 31 - 1.")
         self.redraws = count
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ class LSHCacheLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
+        """Forget the last tokens; their number comes as a negative one, as transformers counts."""
         super().crop(tokens_to_remove)
         if self.buckets is not None:
             self.buckets = self.buckets[..., : self.get_seq_length()]

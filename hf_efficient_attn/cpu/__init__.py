@@ -1,5 +1,6 @@
 """Kernels on a CPU: what those of formulas share, scratch memory and dropout to replay, and those of the frame."""
 
+from .derivatives import first_derivatives
 from .feed_forward import feed_forward
 from .modules import is_plain
 from .projections import linear_maps
@@ -15,6 +16,7 @@ __all__ = [
     "dropout",
     "dropout_add",
     "feed_forward",
+    "first_derivatives",
     "is_plain",
     "linear_maps",
 ]

@@ -221,7 +221,8 @@ class EffEncoderModel:
         batch, length = input_shape(input_ids, inputs_embeds, self.config, past_length)
         check_ids("input_ids", input_ids, batch, length, self.embeddings.word_embeddings.num_embeddings)
         check_ids("position_ids", position_ids, batch, length, self.config.max_position_embeddings)
-        check_ids("token_type_ids", token_type_ids, batch, length, self.config.type_vocab_size)
+        # Without a table all tokens are of the one type 0.
+        check_ids("token_type_ids", token_type_ids, batch, length, max(1, self.config.type_vocab_size))
         key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, past_length + length))
         device = input_ids.device if input_ids is not None else inputs_embeds.device
         context = self.attention_context(

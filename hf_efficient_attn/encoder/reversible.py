@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ..cpu import first_derivatives
 
 
 Branch = Callable[[Tensor], Tensor]
@@ -147,7 +148,7 @@ class _Step(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.attend, ctx.feed, ctx.tape, ctx.chunk, ctx.split = attend, feed, tape, chunk, split
-        ctx.modules, ctx.weights = modules, weights
+        ctx.modules, ctx.weights, ctx.training = modules, weights, _modes(modules)
         ctx.for_attention = for_attention = _Conditions(x1.device)
         with for_attention.autocast():
             y1 = x1 + attend(x2)
@@ -170,9 +171,14 @@ class _Step(torch.autograd.Function):
         return y1, y2
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, y1_grad: Tensor, y2_grad: Tensor) -> tuple[Tensor | None, ...]:
         weights = ctx.saved_tensors
+        if _modes(ctx.modules) != ctx.training:
+            raise RuntimeError(
+                "a reversible layer was switched between train() and eval() after its forward pass, which the backward "
+                "pass computes again; switch after backward(), or use reversible=False."
+            )
         now = {id(p) for module in ctx.modules for p in module.parameters()}
         if any(id(p) not in now for p in ctx.weights):
             # The branches would use the new ones, and the old ones' gradients be 0.
@@ -199,6 +205,28 @@ class _Step(torch.autograd.Function):
         return None, None, None, None, None, None, y1_total, y2_grad + grad, *attention_grads, *feed_grads
 
 
+def _modes(modules: tuple[nn.Module, ...]) -> list[bool]:
+    return [part.training for module in modules for part in module.modules()]
+
+
+def _refuse_others(result: Tensor, known: tuple[Tensor, ...]) -> None:
+    """Raises `RuntimeError` where the result depends on another leaf: its gradient would be lost."""
+    known_ids = {id(x) for x in known}
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known_ids:
+            raise RuntimeError(
+                f"a reversible layer uses a tensor of shape {list(leaf.shape)} that wants a gradient, but is no "
+                "parameter of the layer (a hook's, perhaps); make it one, or use reversible=False."
+            )
+        nodes.extend(parent for parent, _ in node.next_functions)
+
+
 def _parts(tensor: Tensor, chunk: int) -> tuple[Tensor, ...]:
     return tensor.split(chunk, dim=1) if chunk > 0 else (tensor,)
 
@@ -210,6 +238,7 @@ def _with_grads(
     with torch.enable_grad():
         given = given.detach().requires_grad_()
         result = branch(given)
+        _refuse_others(result, (given, *weights))
         grad, *grads = torch.autograd.grad(
             result, (given, *weights), above.to(result.dtype), allow_unused=True, materialize_grads=True
         )

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
+from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay, first_derivatives
 from .block_layout import BlockLayout
 from .inputs import masked_bias
 from .tokens import TokenSlots
@@ -331,7 +330,7 @@ class _BlockAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, lists, source, used, place, text_blocks, *global_rows = ctx.saved_tensors
         size, global_blocks, is_plain, scale, dropout = ctx.options

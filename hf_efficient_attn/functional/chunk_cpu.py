@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
+from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay, first_derivatives
 from .chunk_plan import EXCLUDED, SELF_PENALTY
 from .chunk_windows import Rows, SortedExamples, as_rows, window_shape
 
@@ -380,7 +379,7 @@ class _ChunkAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, order, inverse, shares, result = ctx.saved_tensors
         options, grads = ctx.options, [torch.empty_like(x) for x in (query, key, value)]

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
+from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay, first_derivatives
 
 
 # Up to so many queries, keys go in chunks: what is kept and scaled anew from chunk to chunk is small then.
@@ -81,7 +80,7 @@ class _DropoutAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias = ctx.saved_tensors
         query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, key, value))
@@ -151,7 +150,7 @@ class _ChunkedDropoutAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, result, largest, total = ctx.saved_tensors
         key_grad, value_grad = torch.empty_like(key), torch.empty_like(value)

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..cpu import CHUNK_BYTES, Scratch
+from ..cpu import CHUNK_BYTES, Scratch, first_derivatives
 from .favor_features import RELU_OFFSET, FeatureMap
 
 
@@ -164,7 +163,7 @@ class _PerformerAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, _, *sums, totals, result = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]

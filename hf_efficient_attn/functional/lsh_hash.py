@@ -70,7 +70,7 @@ def hash_buckets(vectors: Tensor, rotations: Tensor, factors: Tensor, sizes: tup
         sizes: room for each factor in `rotations`.
 
     Returns:
-        int64 `[batch, heads, rounds, length]`, from 0 to the product of the factors.
+        int64 `[batch, heads, rounds, length]`, from 0 on, below the product of the factors.
 
     Andoni et al. 2015, arXiv 1509.02897; Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(length * head_dim *
     rounds * directions), memory O(length * rounds * directions).

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..cpu import CHUNK_BYTES, DropoutReplay, draw_replay
+from ..cpu import CHUNK_BYTES, DropoutReplay, draw_replay, first_derivatives
 from .tokens import TokenSlots, gather_tokens
 from .window import Window, keys_in_windows
 from .window_blocks import WindowBias, WindowBlocks
@@ -248,7 +247,7 @@ class _WindowAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         saved = _Saved(*tensors[:4], TokenSlots(*tensors[4:]) if len(tensors) > 4 else None)

@@ -32,7 +32,7 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
         axial_norm_std: standard deviation of new axial embeddings.
         chunk_size_lm_head: tokens at a time that get logits, 0 for all at once.
         reversible: compute states again in the backward pass instead of keeping them, but for the last layer's; False
-            for higher derivatives. Compiled and exported models keep them.
+            (with the eager backend) for higher derivatives. Compiled and exported models keep them.
 
     Example:
 
@@ -100,7 +100,9 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
         converted = {"attn_layers": ["local", "lsh"] * 3, "num_attention_heads": 12, "attention_head_size": 64}
         converted |= {"local_attention_probs_dropout_prob": 0.05, "lsh_attention_probs_dropout_prob": 0.0}
         converted |= {"axial_pos_shape": [64, 64], "axial_pos_embds_dim": [64, 192], **config_dict}
-        converted["num_hidden_layers"] = len(converted["attn_layers"])
+        # There a number of layers in the file wins over the list, whose one kind then is that of all.
+        converted.setdefault("num_hidden_layers", len(converted["attn_layers"]))
+        converted["attn_layers"] = converted["attn_layers"][: converted["num_hidden_layers"]]
         converted["intermediate_size"] = converted.pop("feed_forward_size", 512)
         if converted.get("hash_seed") is None:
             converted["hash_seed"] = 0
@@ -139,6 +141,8 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
         for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 (all at once) or more.")
+        if self.axial_norm_std < 0:
+            raise ValueError(f"axial_norm_std = {self.axial_norm_std}: it must be 0 or more.")
         if self.axial_pos_embds:
             self._check_axes()
         if self.tie_word_embeddings:
