@@ -23,6 +23,7 @@ from hf_efficient_attn.bench import (
     memory_bound,
     run_cases,
     run_script,
+    split_names,
     split_numbers,
 )
 
@@ -34,15 +35,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 def main(
     length: Annotated[int, typer.Option(help="Tokens.")] = 16384,
     layers: Annotated[str, typer.Option(help="Depths, separated by commas.")] = "2,12",
+    kinds: Annotated[str, typer.Option(help="Model kinds, separated by commas.")] = "eff_reformer,eff_reformer_kept",
     repeats: Annotated[int, typer.Option(help="Timed steps of each case.")] = 2,
     max_memory_gib: Annotated[
         float | None, typer.Option(help="Bound for one process; default: 80 % of the free memory.")
     ] = None,
 ) -> None:
-    """Measure eff_reformer by depth, reversible and not."""
+    """Measure a training step by depth, with reversible layers and without."""
     sizes = [replace(BASE, num_layers=depth) for depth in split_numbers("layers", layers)]
-    kinds = ["eff_reformer", "eff_reformer_kept"]
-    cases = make_cases(kinds, [length], ["train"], sizes, task="base", optimizer="sgd")
+    names = split_names(kinds)
+    cases = make_cases(names, [length], ["train"], sizes, task="base", optimizer="sgd")
     bounds = Bounds(600.0, memory_bound(max_memory_gib))
     results = run_cases(
         cases,
@@ -52,7 +54,7 @@ def main(
         on_result=lambda result: typer.echo(describe(result)),
     )
     typer.echo(f"\nPeak memory of a training step on {length:,} tokens, over that of {sizes[0].num_layers} layers:")
-    for kind in kinds:
+    for kind in names:
         own = [result for result in results if result.case.kind == kind]
         first = own[0].peak_bytes
         for result in own:

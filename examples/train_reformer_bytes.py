@@ -33,7 +33,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--context", type=int, default=16384, help="bytes of a context (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=300, help="optimizer steps, one context each (default: %(default)s)"
+        "--steps", type=int, default=250, help="optimizer steps, one context each (default: %(default)s)"
     )
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4, help="local and LSH ones in turn (default: %(default)s)")
