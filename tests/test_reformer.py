@@ -92,6 +92,16 @@ def test_gradients_at_any_length(length: int, decoder: bool) -> None:
     assert_equal_grads(models, inputs_of("AutoModel", length, (length, length // 2 + 1, 1)))
 
 
+def test_gradients_where_saved_tensors_are_moved_away() -> None:
+    model, inputs = build(), inputs_of("AutoModel", 20)
+    right = grads_of(model, inputs)
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        loss_of(model, inputs).backward()
+    for name, x in model.named_parameters():
+        assert_same(x.grad, right[name], name)
+
+
 def _switch(model: nn.Module, loss: Tensor) -> None:
     model.eval()
     loss.backward()

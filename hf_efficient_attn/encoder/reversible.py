@@ -173,7 +173,8 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @first_derivatives
     def backward(ctx: Any, y1_grad: Tensor, y2_grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights = ctx.saved_tensors
+        # Looked at, because that fails where one was changed in place; hooks may hand out copies.
+        weights, _ = ctx.weights, ctx.saved_tensors
         if _modes(ctx.modules) != ctx.training:
             raise RuntimeError(
                 "a reversible layer was switched between train() and eval() after its forward pass, which the backward "
