@@ -129,7 +129,7 @@ def plain_feed_forward(*given: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("biases", [True, False])
 def test_feed_forward_equals_its_definition(tokens: int, biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its gradients, all of them and one at a time."""
-    monkeypatch.setattr(sys.modules["hf_efficient_attn.cpu.feed_forward"], "_TOKENS", tokens)
+    monkeypatch.setattr(sys.modules["hf_efficient_attn.cpu.feed_forward"], "TOKENS_AT_ONCE", tokens)
     given = feed_forward_inputs(biases)
     tensors = [x for x in given if x is not None]
     found, wanted = feed_forward(*given, F.gelu), plain_feed_forward(*given)

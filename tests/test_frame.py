@@ -176,7 +176,7 @@ def test_long_texts_in_chunks_without_gradients(monkeypatch: pytest.MonkeyPatch)
         sizes.append(hidden_states.shape[1])
         return forward(self, hidden_states)
 
-    monkeypatch.setattr(chunks, "_INFERENCE_CHUNK", 5)
+    monkeypatch.setattr(chunks, "TOKENS_AT_ONCE", 5)
     monkeypatch.setattr(nn.LayerNorm, "forward", counted)
     with torch.no_grad():
         assert_same("Model", model(**inputs), whole, torch.ones(3, 13))

@@ -9,7 +9,7 @@ from ..functional import dense_attention, softmax_attention
 
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import CacheLayerMixin
+    from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SelfAttention(nn.Module):
@@ -114,6 +114,10 @@ class SelfAttention(nn.Module):
     def make_cache_layer(self) -> "CacheLayerMixin":
         """An empty cache for this layer; raises `ValueError` where there is no causal form."""
         raise ValueError(f"{type(self).__name__} has no causal form and therefore no cache.")
+
+    def own_layer(self, past_key_values: "Cache") -> "CacheLayerMixin | None":
+        """This layer's part of a cache, of whatever kind; None if it has fewer layers."""
+        return past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
 
     def attend(
         self,

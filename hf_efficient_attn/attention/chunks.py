@@ -1,6 +1,6 @@
 """What LSH and local attention share: chunks of tokens that attend neighbouring chunks."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,27 +11,48 @@ from .base import SelfAttention
 CHUNK_RULES = ("released", "paper")
 
 
-def check_chunks(kind: str, length: int, before: int, after: int, rule: str, causal: bool) -> None:
-    """Raises `ValueError` for options `kind_...` of chunks that break a rule."""
+def chunk_options(options: Any, kind: str) -> dict[str, Any]:
+    """The fields `kind_...` of `options`, as `chunk_attention` takes them."""
+    return {
+        "chunk_length": getattr(options, f"{kind}_attn_chunk_length"),
+        "chunks_before": getattr(options, f"{kind}_num_chunks_before"),
+        "chunks_after": getattr(options, f"{kind}_num_chunks_after"),
+        "released": options.chunk_rule == "released",
+    }
+
+
+def check_chunks(options: Any, kind: str, causal: bool) -> None:
+    """Raises `ValueError` for fields `kind_...` of `options` that break a rule; `causal` ones have no chunks behind."""
+    chunks = chunk_options(options, kind)
+    length, after = chunks["chunk_length"], chunks["chunks_after"]
     if length < 1:
         raise ValueError(f"{kind}_attn_chunk_length = {length}: a chunk has 1 token or more.")
-    for name, value in (("before", before), ("after", after)):
-        if value < 0:
-            raise ValueError(f"{kind}_num_chunks_{name} = {value}: it must be 0 or more.")
+    for name in ("chunks_before", "chunks_after"):
+        if chunks[name] < 0:
+            raise ValueError(f"{kind}_num_{name} = {chunks[name]}: it must be 0 or more.")
     if causal and after > 0:
         raise ValueError(
             f"{kind}_num_chunks_after = {after} with is_decoder = True: a causal model's tokens attend none of what "
             "follows; set it to 0."
         )
-    if rule not in CHUNK_RULES:
-        raise ValueError(f"chunk_rule = {rule!r}: choose one of {', '.join(CHUNK_RULES)}.")
+    if options.chunk_rule not in CHUNK_RULES:
+        raise ValueError(f"chunk_rule = {options.chunk_rule!r}: choose one of {', '.join(CHUNK_RULES)}.")
 
 
 class ChunkSelfAttention(SelfAttention):
-    """Attention to neighbouring chunks. A subclass says which ones, as `chunks`, the options of `chunk_attention`."""
+    """Attention to neighbouring chunks. A subclass names its `kind`, with which the names of its options begin."""
 
     has_causal_form = True
-    chunks: dict[str, Any]
+    kind: ClassVar[str]
+    exclude_self: ClassVar[bool] = False
+    """Whether a token attends itself only where it may attend nothing else."""
+
+    def __init__(self, config: Any, layer_idx: int, options: Any = None) -> None:
+        super().__init__(config, layer_idx, options)
+        getattr(self.options, f"check_{self.kind}_options")(self.is_causal)
+        dropout_p = getattr(self.options, f"{self.kind}_attention_probs_dropout_prob", None)
+        self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
+        self.chunks = {**chunk_options(self.options, self.kind), "exclude_self": self.exclude_self}
 
     def attend_chunks(
         self,

@@ -34,8 +34,7 @@ class LocalOptions:
 
     def check_local_options(self, causal: bool) -> None:
         """Raises `ValueError` for a value that breaks a rule; `causal` ones have no chunks behind."""
-        near = (self.local_num_chunks_before, self.local_num_chunks_after)
-        check_chunks("local", self.local_attn_chunk_length, *near, self.chunk_rule, causal)
+        check_chunks(self, "local", causal)
 
 
 class LocalSelfAttention(ChunkSelfAttention):
@@ -45,19 +44,7 @@ class LocalSelfAttention(ChunkSelfAttention):
     """
 
     options_class = LocalOptions
-
-    def __init__(self, config: Any, layer_idx: int, options: LocalOptions | None = None) -> None:
-        super().__init__(config, layer_idx, options)
-        self.options.check_local_options(self.is_causal)
-        dropout_p = getattr(self.options, "local_attention_probs_dropout_prob", None)
-        self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
-        self.chunks = {
-            "chunk_length": self.options.local_attn_chunk_length,
-            "chunks_before": self.options.local_num_chunks_before,
-            "chunks_after": self.options.local_num_chunks_after,
-            "released": self.options.chunk_rule == "released",
-            "exclude_self": False,
-        }
+    kind = "local"
 
     def make_cache_layer(self) -> "WindowCacheLayer":
         """An empty cache: as far back as a chunk's last token attends."""

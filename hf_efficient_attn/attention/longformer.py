@@ -186,7 +186,7 @@ class LongformerSelfAttention(SelfAttention):
 
     def _cached_prefix(self, past_key_values: "Cache", prefix: Prefix, index: Tensor) -> Prefix:
         """The global tokens of this input and of those before it; kept in the cache."""
-        layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+        layer = self.own_layer(past_key_values)
         if hasattr(layer, "extend_prefix"):
             return layer.extend_prefix(prefix, index)
         if prefix.valid.shape[2] > 0:

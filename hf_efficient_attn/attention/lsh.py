@@ -49,8 +49,7 @@ class LSHOptions:
 
     def check_lsh_options(self, causal: bool) -> None:
         """Raises `ValueError` for a value that breaks a rule; `causal` ones have no chunks behind."""
-        near = (self.lsh_num_chunks_before, self.lsh_num_chunks_after)
-        check_chunks("lsh", self.lsh_attn_chunk_length, *near, self.chunk_rule, causal)
+        check_chunks(self, "lsh", causal)
         if self.num_hashes < 1:
             raise ValueError(f"num_hashes = {self.num_hashes}: give 1 round or more.")
         if self.hash_seed < 0:
@@ -66,7 +65,7 @@ class LSHOptions:
                     f"num_buckets = {self.num_buckets}: each factor has half as many directions for every token, so "
                     f"none may be above {_MOST_BUCKETS:,}; give several, such as [256, 256]."
                 )
-        if self.num_buckets is not None and not 0 < math.prod(self.fixed_buckets) <= 2**31:
+        if math.prod(self.fixed_buckets or ()) > 2**31:
             raise ValueError(f"num_buckets = {self.num_buckets}: their product must be at most 2 ** 31.")
         if self.fixed_buckets == ():
             raise ValueError(f"num_buckets = {self.num_buckets}: give a number, a list of factors, or None.")
@@ -96,19 +95,10 @@ class LSHSelfAttention(ChunkSelfAttention):
 
     options_class = LSHOptions
     projections = ("query_key", "value")
+    kind, exclude_self = "lsh", True
 
     def __init__(self, config: Any, layer_idx: int, options: LSHOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
-        self.options.check_lsh_options(self.is_causal)
-        dropout_p = getattr(self.options, "lsh_attention_probs_dropout_prob", None)
-        self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
-        self.chunks = {
-            "chunk_length": self.options.lsh_attn_chunk_length,
-            "chunks_before": self.options.lsh_num_chunks_before,
-            "chunks_after": self.options.lsh_num_chunks_after,
-            "released": self.options.chunk_rule == "released",
-            "exclude_self": True,
-        }
         self.redraws = 0
 
     def redraw_(self, count: int) -> None:
@@ -201,7 +191,7 @@ class LSHSelfAttention(ChunkSelfAttention):
         """This layer's cache; raises `ValueError` where it is of another kind."""
         from .lsh_cache import LSHCacheLayer
 
-        layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+        layer = self.own_layer(past_key_values)
         if not isinstance(layer, LSHCacheLayer):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__} without buckets for layer {self.layer_idx}; "

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..cpu import is_plain
+from ..cpu import in_reach, is_plain
 from ..functional import cpu_add_nearby, dense_nystrom_attention, nystrom_attention, zero_padding
 from .base import SelfAttention
 
@@ -106,13 +105,7 @@ class NystromformerSelfAttention(SelfAttention):
     def _add_nearby(self, mixed: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """The convolution of the values on top of `mixed`, which this may change where no gradient is wanted."""
         weight = self.conv.weight
-        own = (
-            mixed.device.type == "cpu"
-            and mixed.dtype == value.dtype == weight.dtype
-            and mixed.dtype in (torch.float32, torch.float64)
-            and not torch.compiler.is_compiling()
-            and is_plain(self.conv, nn.Conv2d)
-        )
+        own = in_reach(mixed) and mixed.dtype == value.dtype == weight.dtype and is_plain(self.conv, nn.Conv2d)
         if own:
             # Faster, and right: oneDNN's gradient of a kernel of 65 is not, in float32 beyond 64 tokens (torch 2.13).
             return cpu_add_nearby(mixed, value, weight[:, 0, :, 0], key_padding_mask)

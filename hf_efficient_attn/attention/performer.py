@@ -166,7 +166,7 @@ class PerformerSelfAttention(SelfAttention):
 
     def _cache_layer(self, past_key_values: "Cache") -> "RecurrentCacheLayer":
         """This layer's part of the cache."""
-        layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+        layer = self.own_layer(past_key_values)
         if not hasattr(layer, "advance"):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__} without room for a state; pass what the last "

@@ -2,7 +2,7 @@
 
 from .derivatives import first_derivatives
 from .feed_forward import feed_forward
-from .modules import is_plain
+from .modules import TOKENS_AT_ONCE, in_reach, in_reach_of_training, is_plain
 from .projections import linear_maps
 from .residual import dropout, dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
@@ -10,6 +10,7 @@ from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
 __all__ = [
     "CHUNK_BYTES",
+    "TOKENS_AT_ONCE",
     "DropoutReplay",
     "Scratch",
     "draw_replay",
@@ -17,6 +18,8 @@ __all__ = [
     "dropout_add",
     "feed_forward",
     "first_derivatives",
+    "in_reach",
+    "in_reach_of_training",
     "is_plain",
     "linear_maps",
 ]

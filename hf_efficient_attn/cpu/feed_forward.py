@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-# Tokens at a time: what is between the products of so many is below the size that malloc maps anew each time.
-_TOKENS = 1024
+from .modules import TOKENS_AT_ONCE
 
 
 def feed_forward(
@@ -52,7 +50,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inner = F.linear(states, inner_weight, inner_bias)
         result = states.new_empty(states.shape[0], outer_weight.shape[0])
-        for part, into in zip(inner.split(_TOKENS), result.split(_TOKENS), strict=True):
+        for part, into in zip(inner.split(TOKENS_AT_ONCE), result.split(TOKENS_AT_ONCE), strict=True):
             active = activation(part)
             if outer_bias is None:
                 torch.mm(active, outer_weight.t(), out=into)
@@ -105,8 +103,8 @@ def _gradients(
     states_grad, inner_weight_grad, inner_bias_grad, outer_weight_grad, outer_bias_grad = found
     if outer_bias_grad is not None:
         torch.sum(grad, dim=0, out=outer_bias_grad)
-    for start in range(0, states.shape[0], _TOKENS):
-        part = slice(start, start + _TOKENS)
+    for start in range(0, states.shape[0], TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
         with torch.enable_grad():
             before = inner[part].detach().requires_grad_()
             active = activation(before)

@@ -1,6 +1,22 @@
-"""Whether a kernel may do the work of one of torch's modules."""
+"""Whether a kernel of a CPU may do the work of torch's own operations and modules."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+# Tokens at a time: what is between the products of so many is below the size that malloc maps anew each time.
+TOKENS_AT_ONCE = 1024
+
+
+def in_reach(tensor: Tensor) -> bool:
+    """Whether it is one for the kernels: on a CPU, in eager mode, in float32 or float64."""
+    own = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    return own and not torch.compiler.is_compiling()
+
+
+def in_reach_of_training(states: Tensor) -> bool:
+    """Whether besides a graph is made, in the tensor's own dtype."""
+    return torch.is_grad_enabled() and in_reach(states) and not torch.is_autocast_enabled("cpu")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

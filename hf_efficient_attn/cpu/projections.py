@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modules import is_plain
+from .modules import in_reach_of_training, is_plain
 
 
 def linear_maps(states: Tensor, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -32,14 +32,7 @@ def linear_maps(states: Tensor, maps: Sequence[nn.Linear]) -> tuple[Tensor, ...]
 
 def _adds_up(states: Tensor, maps: Sequence[nn.Linear]) -> bool:
     """Whether the maps may run as one: on a CPU in training, where nobody notices."""
-    return (
-        torch.is_grad_enabled()
-        and states.device.type == "cpu"
-        and states.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and all(is_plain(x, nn.Linear) and x.weight.dtype == states.dtype for x in maps)
-    )
+    return in_reach_of_training(states) and all(is_plain(x, nn.Linear) and x.weight.dtype == states.dtype for x in maps)
 
 
 class _LinearMaps(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .modules import in_reach
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
 
 
@@ -30,14 +31,13 @@ def dropout(states: Tensor, dropout_p: float) -> Tensor:
 
     Srivastava et al. 2014 (dropout). Time O(states), no memory but the result on a CPU.
     """
-    return (
-        _Dropout.apply(states, draw_replay(dropout_p)) if _is_own(states, dropout_p) else F.dropout(states, dropout_p)
-    )
+    if not _is_own(states, dropout_p):
+        return F.dropout(states, dropout_p)
+    return _Dropout.apply(states, draw_replay(dropout_p))
 
 
 def _is_own(states: Tensor, dropout_p: float) -> bool:
-    own = 0.0 < dropout_p < 1.0 and states.device.type == "cpu" and not torch.compiler.is_compiling()
-    return own and states.dtype in (torch.float32, torch.float64)
+    return 0.0 < dropout_p < 1.0 and in_reach(states)
 
 
 def _dropped(states: Tensor, residual: Tensor | None, dropout: DropoutReplay) -> Tensor:

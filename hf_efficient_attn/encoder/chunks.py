@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-
-_INFERENCE_CHUNK = 1024
+from ..cpu import TOKENS_AT_ONCE
 
 
 def inference_chunk(states: Tensor, *modules: nn.Module) -> int:
@@ -18,7 +17,12 @@ def inference_chunk(states: Tensor, *modules: nn.Module) -> int:
     if torch.is_grad_enabled() or states.device.type != "cpu" or torch.compiler.is_compiling():
         return 0
     inner = (part for module in modules for part in module.modules())
-    return 0 if any(x._forward_hooks or x._forward_pre_hooks for x in inner) else _INFERENCE_CHUNK
+    return 0 if any(x._forward_hooks or x._forward_pre_hooks for x in inner) else TOKENS_AT_ONCE
+
+
+def is_recorder(hook: Callable) -> bool:
+    """Whether it is a hook with which transformers records outputs."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def can_overwrite(states: Tensor, maker: nn.Module, given: Tensor) -> bool:
@@ -30,7 +34,7 @@ def can_overwrite(states: Tensor, maker: nn.Module, given: Tensor) -> bool:
         return False
     hooks = [hook for part in maker.modules() for hook in part._forward_hooks.values()]
     # What transformers' own hooks keep of attention are its weights.
-    watched = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    watched = any(not is_recorder(hook) for hook in hooks)
     shared = states.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return (
         states.shape == given.shape and states.dtype == given.dtype and not (shared or watched or _global_forward_hooks)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cpu import dropout, dropout_add, feed_forward, is_plain
+from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_plain
 from .activations import activation
-from .chunks import can_overwrite, in_chunks, inference_chunk
+from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
 from .configuration import EffEncoderConfig
 
 
@@ -67,11 +67,7 @@ class Recorded(nn.Module):
     """A module whose outputs transformers records through hooks. The hooks cannot be pickled, so they stay behind."""
 
     def __getstate__(self) -> dict[str, Any]:
-        hooks = OrderedDict(
-            (key, hook)
-            for key, hook in self._forward_hooks.items()
-            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
-        )
+        hooks = OrderedDict((key, hook) for key, hook in self._forward_hooks.items() if not is_recorder(hook))
         return {**self.__dict__, "_forward_hooks": hooks}
 
 
@@ -122,15 +118,10 @@ class EncoderLayer(Recorded, GradientCheckpointingLayer):
         """Whether the feed-forward layer may keep less for backward: on a CPU in training, where nobody notices."""
         first, second, act = self.intermediate.dense, self.output.dense, self.intermediate.activation
         parts = ((self.intermediate, Intermediate), (self.output, Output), (first, nn.Linear), (second, nn.Linear))
-        dtype = states.dtype
         return (
-            torch.is_grad_enabled()
-            and states.device.type == "cpu"
-            and dtype in (torch.float32, torch.float64)
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
+            in_reach_of_training(states)
             and all(is_plain(module, kind) for module, kind in (*parts, (act, type(act))))
-            and first.weight.dtype == second.weight.dtype == dtype
+            and first.weight.dtype == second.weight.dtype == states.dtype
             and not any(True for _ in act.parameters())
         )
 

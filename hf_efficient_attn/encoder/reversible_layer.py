@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import OutputRecorder
 
+from ..cpu import TOKENS_AT_ONCE
 from .activations import activation
 from .chunks import in_chunks
 from .configuration import EffEncoderConfig
 from .layer import AttentionFactory, Recorded, dropped
 from .reversible import ReversibleTape, reversible_step
-
-
-_CPU_CHUNK = 1024
 
 
 class AttentionOutput(nn.Module):
@@ -102,7 +100,7 @@ class ReversibleLayer(Recorded):
         if self.chunk_size or states.device.type != "cpu" or torch.compiler.is_compiling():
             return self.chunk_size
         # The inner states of a long text are fresh memory, which costs more than the work in it.
-        return _CPU_CHUNK
+        return TOKENS_AT_ONCE
 
     def forward(
         self,

@@ -89,7 +89,7 @@ class EffLongformerModel(EffEncoderModel, EffLongformerPreTrainedModel):
             return {}
         batch, length = shape
         keys = torch.empty(batch, self.config.num_attention_heads, length, 0, device=device)
-        windows = {repr(layer.attention.self.window): layer.attention.self.window for layer in self.encoder.layer}
+        windows = {repr(attention.window): attention.window for attention in self.encoder.attentions()}
         masks = {name: window_block_mask(keys, key_padding_mask, global_tokens, **x) for name, x in windows.items()}
         return {"block_masks": masks}
 
