@@ -20,10 +20,22 @@ if TYPE_CHECKING:
         EffBigBirdForMultipleChoice,
         EffBigBirdForPreTraining,
         EffBigBirdForQuestionAnswering,
+        EffBigBirdForReplacedTokenDetection,
         EffBigBirdForSequenceClassification,
         EffBigBirdForTokenClassification,
         EffBigBirdModel,
         EffBigBirdPreTrainedModel,
+    )
+    from .models.eff_electra.configuration_eff_electra import EffElectraConfig
+    from .models.eff_electra.modeling_eff_electra import (
+        EffElectraForMaskedLM,
+        EffElectraForMultipleChoice,
+        EffElectraForPreTraining,
+        EffElectraForQuestionAnswering,
+        EffElectraForSequenceClassification,
+        EffElectraForTokenClassification,
+        EffElectraModel,
+        EffElectraPreTrainedModel,
     )
     from .models.eff_longformer.configuration_eff_longformer import EffLongformerConfig
     from .models.eff_longformer.modeling_eff_longformer import (
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
         EffLongformerForMaskedLM,
         EffLongformerForMultipleChoice,
         EffLongformerForQuestionAnswering,
+        EffLongformerForReplacedTokenDetection,
         EffLongformerForSequenceClassification,
         EffLongformerForTokenClassification,
         EffLongformerModel,
@@ -41,6 +54,7 @@ if TYPE_CHECKING:
         EffNystromformerForMaskedLM,
         EffNystromformerForMultipleChoice,
         EffNystromformerForQuestionAnswering,
+        EffNystromformerForReplacedTokenDetection,
         EffNystromformerForSequenceClassification,
         EffNystromformerForTokenClassification,
         EffNystromformerModel,
@@ -52,6 +66,7 @@ if TYPE_CHECKING:
         EffPerformerForMaskedLM,
         EffPerformerForMultipleChoice,
         EffPerformerForQuestionAnswering,
+        EffPerformerForReplacedTokenDetection,
         EffPerformerForSequenceClassification,
         EffPerformerForTokenClassification,
         EffPerformerModel,
@@ -63,6 +78,7 @@ if TYPE_CHECKING:
         EffReformerForMaskedLM,
         EffReformerForMultipleChoice,
         EffReformerForQuestionAnswering,
+        EffReformerForReplacedTokenDetection,
         EffReformerForSequenceClassification,
         EffReformerForTokenClassification,
         EffReformerModel,

@@ -21,12 +21,14 @@ class Family:
         folder: folder in `models/`, also the model type.
         heads: Auto class -> suffix of the model class.
         tokenizer: name of transformers' tokenizer class to use where a folder names none.
+        detector: suffix of the class that detects replaced tokens (ELECTRA), for which there is no Auto class.
     """
 
     name: str
     folder: str
     heads: dict[str, str]
     tokenizer: str
+    detector: str = "ForReplacedTokenDetection"
 
     @property
     def config_name(self) -> str:
@@ -37,6 +39,11 @@ class Family:
     def model_names(self) -> dict[str, str]:
         """Auto class -> name of the model class."""
         return {auto: f"Eff{self.name}{suffix}" for auto, suffix in self.heads.items()}
+
+    @property
+    def detector_name(self) -> str:
+        """Name of the class that detects replaced tokens."""
+        return f"Eff{self.name}{self.detector}"
 
     def module(self, kind: str) -> ModuleType:
         """The `configuration` or `modeling` module."""
@@ -60,6 +67,13 @@ FAMILIES: dict[str, Family] = {
     "eff_big_bird": Family(
         "BigBird", "eff_big_bird", ENCODER_HEADS | {"AutoModelForPreTraining": "ForPreTraining"}, "BigBirdTokenizer"
     ),
+    "eff_electra": Family(
+        "Electra",
+        "eff_electra",
+        ENCODER_HEADS | {"AutoModelForPreTraining": "ForPreTraining"},
+        "BertTokenizer",
+        detector="ForPreTraining",
+    ),
     "eff_longformer": Family("Longformer", "eff_longformer", ENCODER_HEADS | CAUSAL_HEADS, "RobertaTokenizer"),
     "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
     "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
@@ -74,7 +88,7 @@ def public_names() -> dict[str, tuple[Family, str]]:
     names = {}
     for family in FAMILIES.values():
         names[family.config_name] = (family, "configuration")
-        for name in (f"Eff{family.name}PreTrainedModel", *family.model_names.values()):
+        for name in (f"Eff{family.name}PreTrainedModel", family.detector_name, *family.model_names.values()):
             names[name] = (family, "modeling")
     return names
 

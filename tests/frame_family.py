@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from hf_efficient_attn.attention import SoftmaxSelfAttention
-from hf_efficient_attn.encoder import tasks
+from hf_efficient_attn.encoder import pretraining_tasks, tasks
 from hf_efficient_attn.encoder.configuration import EffEncoderConfig
 from hf_efficient_attn.encoder.heads import (
     BertLMHead,
@@ -39,10 +39,10 @@ def make_family(prefix: str, lm_head: type[nn.Module], classifier: type[nn.Modul
     class FrameModel(EffEncoderModel, FramePreTrainedModel):
         attention_class = SoftmaxSelfAttention
 
-    class FrameForPreTraining(tasks.ForPreTraining, FramePreTrainedModel):
+    class FrameForPreTraining(pretraining_tasks.ForPreTraining, FramePreTrainedModel):
         base_class, head_class = FrameModel, lm_head
 
-    class FrameForMaskedLM(tasks.ForMaskedLM, FramePreTrainedModel):
+    class FrameForMaskedLM(pretraining_tasks.ForMaskedLM, FramePreTrainedModel):
         base_class, head_class = FrameModel, lm_head
 
     class FrameForSequenceClassification(tasks.ForSequenceClassification, FramePreTrainedModel):

@@ -46,6 +46,10 @@ TINY_OPTIONS = {
 _HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
+# In place of an Auto class, which there is none of: the head that detects replaced tokens.
+DETECTOR = "ReplacedTokenDetection"
+
+
 def config_class(family: str) -> type:
     """The config class of a row of `FAMILIES`."""
     row = FAMILIES[family]
@@ -53,9 +57,9 @@ def config_class(family: str) -> type:
 
 
 def model_class(family: str, auto_name: str) -> type:
-    """The model class that a row of `FAMILIES` has for an Auto class."""
+    """The model class that a row of `FAMILIES` has for an Auto class, or for `DETECTOR`."""
     row = FAMILIES[family]
-    return getattr(row.module("modeling"), row.model_names[auto_name])
+    return getattr(row.module("modeling"), row.detector_name if auto_name == DETECTOR else row.model_names[auto_name])
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

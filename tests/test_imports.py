@@ -56,11 +56,14 @@ ROOMS: dict[str, set[str]] = {
 OUTSIDE = {"cpu": {"torch"}, "functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
-# family each) do not know each other; only the room's own __init__ knows them all.
+# family each) do not know each other.
 SHARED_WITHIN: dict[str, set[str]] = {
     "attention": {"base", "cache", "chunks", "lsh_cache", "prefix", "recurrent_cache"},
     "models": set(),
 }
+
+# Modules of those rooms that know all the others: the room's own __init__, and the table of mechanisms.
+KNOW_ALL = {"__init__", "named"}
 
 # Programs: they may use `import hf_efficient_attn...` and `from . import name`.
 PROGRAMS = {"bench", "demo", "cli", "__main__"}
@@ -168,7 +171,7 @@ def broken_by_import(package: Path, own: tuple[str, ...], node: ast.Import | ast
         if theirs != room and theirs not in ROOMS[room]:
             may = ", ".join(sorted(ROOMS[room])) or "no other room"
             yield f"{written}: {room} may not import from {theirs}, it may from {may}"
-        elif theirs == room and room in SHARED_WITHIN and own[1] != "__init__":
+        elif theirs == room and room in SHARED_WITHIN and own[1] not in KNOW_ALL:
             neighbour = target[1] if len(target) > 1 else "__init__"
             if neighbour != own[1] and neighbour not in SHARED_WITHIN[room]:
                 yield f"{written}: {room}/{own[1]} may not import from {room}/{neighbour}"

@@ -2,9 +2,6 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import layers_of, mask_of, model_class, random_ids, randomise_, tiny_config
+from processes import run_two
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
@@ -374,14 +372,9 @@ def test_a_step_leaves_config_and_random_state_alone(reversible: bool) -> None:
 
 
 DISTRIBUTED = """
-import sys
-import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from test_reformer import build, inputs_of, loss_of
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 model = DistributedDataParallel(build("AutoModelForCausalLM"), find_unused_parameters=False)
 for step in range(2):
     mine = {name: x[rank : rank + 1] for name, x in inputs_of("AutoModelForCausalLM", 50).items()}
@@ -389,23 +382,12 @@ for step in range(2):
     loss_of(model, mine).backward()
 if rank == 0:
     torch.save({name: x.grad for name, x in model.module.named_parameters()}, f"{folder}/grads")
-dist.destroy_process_group()
 """
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """The mean of the gradients that each text has alone; every parameter is used, in the eyes of DDP, too."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", DISTRIBUTED]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        errors = rank.communicate(timeout=120)[1]
-        assert rank.returncode == 0, errors
+    run_two(DISTRIBUTED, tmp_path)
     model, inputs = build("AutoModelForCausalLM"), inputs_of("AutoModelForCausalLM", 50)
     alone = [
         {name: x.clone() for name, x in grads_of(model, {k: x[row : row + 1] for k, x in inputs.items()}).items()}

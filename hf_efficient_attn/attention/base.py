@@ -60,6 +60,16 @@ class SelfAttention(nn.Module):
         for name in self.projections:
             self.add_module(name, nn.Linear(config.hidden_size, width, bias=bias))
 
+    @classmethod
+    def check(cls, options: Any, config: Any) -> None:
+        """Raises `ValueError` for `options` that break a rule, or do not fit `config`."""
+        if cls.options_class is not None:
+            options.check_options()
+
+    def drawn_buffers(self) -> dict[str, Tensor]:
+        """Buffers by name that follow from options and layer alone, for models that are built without values."""
+        return {}
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[batch, heads, length, head_dim]` of `hidden_states` `[batch, length, hidden]`."""
         query, key, value = linear_maps(hidden_states, (self.query, self.key, self.value))

@@ -49,10 +49,15 @@ class ChunkSelfAttention(SelfAttention):
 
     def __init__(self, config: Any, layer_idx: int, options: Any = None) -> None:
         super().__init__(config, layer_idx, options)
-        getattr(self.options, f"check_{self.kind}_options")(self.is_causal)
+        self.check(self.options, config)
         dropout_p = getattr(self.options, f"{self.kind}_attention_probs_dropout_prob", None)
         self.dropout_p = self.dropout_p if dropout_p is None else float(dropout_p)
         self.chunks = {**chunk_options(self.options, self.kind), "exclude_self": self.exclude_self}
+
+    @classmethod
+    def check(cls, options: Any, config: Any) -> None:
+        """See `SelfAttention.check`."""
+        getattr(options, f"check_{cls.kind}_options")(bool(getattr(config, "is_decoder", False)))
 
     def attend_chunks(
         self,

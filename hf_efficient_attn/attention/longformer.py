@@ -103,6 +103,11 @@ class LongformerSelfAttention(SelfAttention):
         self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
         self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
 
+    @classmethod
+    def check(cls, options: LongformerOptions, config: Any) -> None:
+        """See `SelfAttention.check`."""
+        options.check_options(config.num_hidden_layers, config.num_attention_heads)
+
     @property
     def window(self) -> dict[str, Any]:
         """The window, as the formulas take it."""

@@ -109,6 +109,10 @@ class PerformerSelfAttention(SelfAttention):
             redraw=count,
         )
 
+    def drawn_buffers(self) -> dict[str, Tensor]:
+        """See `SelfAttention.drawn_buffers`."""
+        return {"projection": self.drawn_projection()}
+
     @torch.no_grad()
     def redraw_(self, count: int = 0) -> None:
         """Replace the projection by the one after `count` redraws; 0 is the first one.

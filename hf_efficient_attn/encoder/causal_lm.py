@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import EffEncoderConfig
 from .losses import token_loss
-from .tasks import LanguageModel
+from .pretraining_tasks import LanguageModel
 
 
 class ForCausalLM(LanguageModel):
@@ -85,7 +85,7 @@ class ForCausalLM(LanguageModel):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(outputs.last_hidden_state[:, kept])
+        logits = self.token_logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = token_loss(logits[:, :-1], labels[:, 1:], kwargs.get("num_items_in_batch"))

@@ -63,6 +63,20 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
     return F.cross_entropy(flat, labels, reduction="sum") / num_items
 
 
+def replaced_token_loss(logits: Tensor, labels: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean binary cross entropy of `logits` `[batch, length]` where `labels` of the same shape are 1 (replaced) or 0.
+
+    Padding, False in `keep` `[batch, length]`, and labels of -100 are ignored; 0 if nothing is left.
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels must be [batch, length] = {list(logits.shape)}, got {list(labels.shape)}.")
+    check_labels("labels", labels, 2, "1 is a replaced token, 0 an original one.")
+    labels = labels.to(logits.device)
+    counted = labels != -100 if keep is None else (labels != -100) & keep
+    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
+    return torch.where(counted, losses, 0.0).sum() / counted.sum().clamp(min=1)
+
+
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of `[batch, 2]` logits; label 0 is a continuation, 1 a random sentence."""
     labels = check_one_per_example("next_sentence_label", labels, logits.shape[0])

@@ -51,6 +51,8 @@ class EffPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LMBias | PlainLMHead) and module.bias is not None:
             init.zeros_(module.bias)
+        for name, value in module.drawn_buffers().items() if hasattr(module, "drawn_buffers") else ():
+            init.copy_(getattr(module, name), value)
 
 
 class EffEncoderModel:

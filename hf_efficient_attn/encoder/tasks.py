@@ -1,8 +1,8 @@
 """The task heads' forward passes. A family mixes one with its `EffPreTrainedModel` and names base model and head shape.
 
 ```
-class EffXForMaskedLM(ForMaskedLM, EffXPreTrainedModel):
-    base_class, head_class = EffXModel, RobertaLMHead
+class EffXForSequenceClassification(ForSequenceClassification, EffXPreTrainedModel):
+    base_class, head_class = EffXModel, PooledClassificationHead
 ```
 """
 
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
-    MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -20,163 +19,8 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration import EffEncoderConfig
-from .inputs import first_token
-from .losses import choice_loss, next_sentence_loss, sequence_classification_loss, span_loss, token_loss
-from .outputs import EffPreTrainingOutput
-
-
-class TaskModel:
-    """A base model under its published name and, in subclasses, a head."""
-
-    base_class: ClassVar[type]
-    head_class: ClassVar[type]
-    task: ClassVar[str]
-    is_causal: ClassVar[bool] = False
-    accepts_loss_kwargs = False
-    """Read by Trainer: whether the loss divides by `num_items_in_batch` itself."""
-
-    def __init__(self, config: EffEncoderConfig) -> None:
-        if config.is_decoder and not self.is_causal:
-            raise ValueError(
-                f"{type(self).__name__} got is_decoder = True, but its task needs tokens that attend later ones; "
-                "load with is_decoder=False."
-            )
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        if config.tie_word_embeddings and self._tied_weights_keys:
-            # Trainer warns about tied names that a checkpoint lacks, unless they stand here.
-            self._keys_to_ignore_on_save = set(self._tied_weights_keys)
-        base = self.base_class(config, add_pooling_layer=self._needs_pooler(), task=self.task)
-        setattr(self, self.base_model_prefix, base)
-        self._add_head(config)
-        self.post_init()
-
-    def _needs_pooler(self) -> bool:
-        return False
-
-    def _add_head(self, config: EffEncoderConfig) -> None:
-        raise NotImplementedError(f"{type(self).__name__} adds no head.")
-
-    def _text_state(
-        self, outputs: Any, input_ids: Tensor | None, attention_mask: Tensor | None, pooled: bool
-    ) -> Tensor:
-        """What stands for a whole text, `[batch, hidden]`: the pooled first token, or its state as it is."""
-        if pooled:
-            return outputs.pooler_output
-        states = outputs.last_hidden_state
-        return first_token(states, self.base_model.key_padding_mask(input_ids, attention_mask, states.shape[:2]))
-
-
-class LanguageModel(TaskModel):
-    """A head that predicts tokens, tied to the word embeddings where its shape allows."""
-
-    accepts_loss_kwargs = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if hasattr(cls, "head_class") and cls.head_class.ties_embeddings:
-            decoder, words = f"{cls.head_class.projection}.decoder", "embeddings.word_embeddings.weight"
-            cls._tied_weights_keys = {
-                f"{decoder}.weight": f"{cls.base_model_prefix}.{words}",
-                f"{decoder}.bias": f"{cls.head_class.projection}.bias",
-            }
-
-    def _add_head(self, config: EffEncoderConfig) -> None:
-        setattr(self, self.head_class.attribute, self.head_class(config))
-
-    @property
-    def _head(self) -> nn.Module:
-        return getattr(self, self.head_class.attribute)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The vocabulary projection."""
-        return self._head.vocabulary.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the vocabulary projection and its bias."""
-        self._head.vocabulary.set_decoder(new_embeddings)
-
-
-class ForMaskedLM(LanguageModel):
-    """Predicts masked tokens."""
-
-    task = "masked-lm"
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        global_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MaskedLMOutput:
-        """Inputs as in the base model; `labels` `[batch, length]` token ids, -100 where nothing is predicted.
-
-        Returns:
-            `logits` `[batch, length, vocab_size]`, and `loss` if there are labels.
-        """
-        outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
-        )
-        logits = self._head(outputs.last_hidden_state)
-        loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class ForPreTraining(ForMaskedLM):
-    """Predicts masked tokens and whether the second text continues the first (BERT)."""
-
-    task = "pretraining"
-    accepts_loss_kwargs = False
-
-    def _needs_pooler(self) -> bool:
-        return True
-
-    def _add_head(self, config: EffEncoderConfig) -> None:
-        setattr(self, self.head_class.attribute, self.head_class(config, next_sentence=True))
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        global_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
-        **kwargs: Any,
-    ) -> EffPreTrainingOutput:
-        """As `ForMaskedLM`, and `next_sentence_label` `[batch]` with 0 = continuation, 1 = random.
-
-        Returns:
-            `prediction_logits` `[batch, length, vocab_size]`, `seq_relationship_logits` `[batch, 2]`, and the sum of
-            the losses whose labels were given.
-        """
-        outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
-        )
-        logits = self._head(outputs.last_hidden_state)
-        relationship = self._head.seq_relationship(outputs.pooler_output)
-        losses = []
-        if labels is not None:
-            losses.append(token_loss(logits, labels))
-        if next_sentence_label is not None:
-            losses.append(next_sentence_loss(relationship, next_sentence_label))
-        return EffPreTrainingOutput(
-            loss=sum(losses) if losses else None,
-            prediction_logits=logits,
-            seq_relationship_logits=relationship,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+from .losses import choice_loss, sequence_classification_loss, span_loss, token_loss
+from .task_model import TaskModel
 
 
 class ForSequenceClassification(TaskModel):
@@ -340,6 +184,12 @@ class ForMultipleChoice(TaskModel):
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
 
+    def choice_scores(self, state: Tensor) -> Tensor:
+        """The score of each text, `[texts, 1]`, from its `state` `[texts, hidden]`."""
+        if not self.reads_pooler:
+            state = torch.relu(self.pre_classifier(state))
+        return self.classifier(self.dropout(state))
+
     @can_return_tuple
     def forward(
         self,
@@ -377,9 +227,7 @@ class ForMultipleChoice(TaskModel):
         flat = [None if x is None else x.flatten(0, 1) for x in inputs]
         outputs = self.base_model(*flat, **kwargs)
         state = self._text_state(outputs, *flat[:2], self.reads_pooler)
-        if not self.reads_pooler:
-            state = torch.relu(self.pre_classifier(state))
-        logits = self.classifier(self.dropout(state)).view(-1, choices)
+        logits = self.choice_scores(state).view(-1, choices)
         loss = None if labels is None else choice_loss(logits, labels)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

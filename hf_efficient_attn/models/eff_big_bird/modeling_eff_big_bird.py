@@ -12,10 +12,9 @@ from ...encoder.configuration import EffEncoderConfig
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
 from ...encoder.layer import Intermediate, LinearPooler, Output
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.pretraining_tasks import ForMaskedLM, ForPreTraining, ForReplacedTokenDetection
 from ...encoder.tasks import (
-    ForMaskedLM,
     ForMultipleChoice,
-    ForPreTraining,
     ForQuestionAnswering,
     ForSequenceClassification,
     ForTokenClassification,
@@ -83,6 +82,12 @@ class EffBigBirdForMaskedLM(ForMaskedLM, EffBigBirdPreTrainedModel):
     """EffBigBird that predicts masked tokens."""
 
     base_class, head_class = EffBigBirdModel, BertLMHead
+
+
+class EffBigBirdForReplacedTokenDetection(ForReplacedTokenDetection, EffBigBirdPreTrainedModel):
+    """EffBigBird that tells which tokens are not the original ones, as ELECTRA's discriminator."""
+
+    base_class = EffBigBirdModel
 
 
 class EffBigBirdForSequenceClassification(ForSequenceClassification, EffBigBirdPreTrainedModel):
@@ -165,6 +170,7 @@ __all__ = [
     "EffBigBirdForMultipleChoice",
     "EffBigBirdForPreTraining",
     "EffBigBirdForQuestionAnswering",
+    "EffBigBirdForReplacedTokenDetection",
     "EffBigBirdForSequenceClassification",
     "EffBigBirdForTokenClassification",
     "EffBigBirdModel",

@@ -13,8 +13,8 @@ from ...encoder.causal_lm import ForCausalLM
 from ...encoder.global_tokens import causal_prefix_mask, global_token_mask, refuse_global_tokens
 from ...encoder.heads import DenseClassificationHead, RobertaLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.pretraining_tasks import ForMaskedLM, ForReplacedTokenDetection
 from ...encoder.tasks import (
-    ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
     ForSequenceClassification,
@@ -140,6 +140,12 @@ class EffLongformerForCausalLM(ForCausalLM, EffLongformerPreTrainedModel, Genera
     base_class, head_class = EffLongformerModel, RobertaLMHead
 
 
+class EffLongformerForReplacedTokenDetection(ForReplacedTokenDetection, EffLongformerPreTrainedModel):
+    """EffLongformer that tells which tokens are not the original ones, as ELECTRA's discriminator."""
+
+    base_class = EffLongformerModel
+
+
 class EffLongformerForSequenceClassification(ForSequenceClassification, EffLongformerPreTrainedModel):
     """EffLongformer that classifies texts; the first token is global by default."""
 
@@ -169,6 +175,7 @@ __all__ = [
     "EffLongformerForMaskedLM",
     "EffLongformerForMultipleChoice",
     "EffLongformerForQuestionAnswering",
+    "EffLongformerForReplacedTokenDetection",
     "EffLongformerForSequenceClassification",
     "EffLongformerForTokenClassification",
     "EffLongformerModel",

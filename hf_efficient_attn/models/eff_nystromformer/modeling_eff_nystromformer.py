@@ -3,8 +3,8 @@
 from ...attention.nystromformer import NystromformerSelfAttention
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.pretraining_tasks import ForMaskedLM, ForReplacedTokenDetection
 from ...encoder.tasks import (
-    ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
     ForSequenceClassification,
@@ -42,6 +42,12 @@ class EffNystromformerForMaskedLM(ForMaskedLM, EffNystromformerPreTrainedModel):
     base_class, head_class = EffNystromformerModel, BertLMHead
 
 
+class EffNystromformerForReplacedTokenDetection(ForReplacedTokenDetection, EffNystromformerPreTrainedModel):
+    """EffNystromformer that tells which tokens are not the original ones, as ELECTRA's discriminator."""
+
+    base_class = EffNystromformerModel
+
+
 class EffNystromformerForSequenceClassification(ForSequenceClassification, EffNystromformerPreTrainedModel):
     """EffNystromformer that classifies texts."""
 
@@ -70,6 +76,7 @@ __all__ = [
     "EffNystromformerForMaskedLM",
     "EffNystromformerForMultipleChoice",
     "EffNystromformerForQuestionAnswering",
+    "EffNystromformerForReplacedTokenDetection",
     "EffNystromformerForSequenceClassification",
     "EffNystromformerForTokenClassification",
     "EffNystromformerModel",

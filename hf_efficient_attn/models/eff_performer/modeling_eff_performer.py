@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from ...attention.performer import PerformerSelfAttention, performer_layers
 from ...encoder.causal_lm import ForCausalLM
 from ...encoder.heads import BertLMHead, PooledClassificationHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.pretraining_tasks import ForMaskedLM, ForReplacedTokenDetection
 from ...encoder.tasks import (
-    ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
     ForSequenceClassification,
@@ -37,12 +34,6 @@ class EffPerformerPreTrainedModel(EffPreTrainedModel):
     config_class = EffPerformerConfig
     base_model_prefix = "bert"
     _is_stateful = True  # no token can be taken back: transformers refuses assisted generation
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, PerformerSelfAttention):
-            init.copy_(module.projection, module.drawn_projection())
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
@@ -85,6 +76,12 @@ class EffPerformerForCausalLM(ForCausalLM, EffPerformerPreTrainedModel, Generati
     base_class, head_class = EffPerformerModel, BertLMHead
 
 
+class EffPerformerForReplacedTokenDetection(ForReplacedTokenDetection, EffPerformerPreTrainedModel):
+    """EffPerformer that tells which tokens are not the original ones, as ELECTRA's discriminator."""
+
+    base_class = EffPerformerModel
+
+
 class EffPerformerForSequenceClassification(ForSequenceClassification, EffPerformerPreTrainedModel):
     """EffPerformer that classifies texts."""
 
@@ -114,6 +111,7 @@ __all__ = [
     "EffPerformerForMaskedLM",
     "EffPerformerForMultipleChoice",
     "EffPerformerForQuestionAnswering",
+    "EffPerformerForReplacedTokenDetection",
     "EffPerformerForSequenceClassification",
     "EffPerformerForTokenClassification",
     "EffPerformerModel",

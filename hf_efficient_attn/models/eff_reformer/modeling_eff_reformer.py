@@ -17,9 +17,9 @@ from ...encoder.axial import AxialEmbeddings, AxialPositionEmbeddings
 from ...encoder.causal_lm import ForCausalLM
 from ...encoder.heads import DenseClassificationHead, PlainLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
+from ...encoder.pretraining_tasks import ForMaskedLM, ForReplacedTokenDetection
 from ...encoder.reversible_layer import ReversibleEncoder
 from ...encoder.tasks import (
-    ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
     ForSequenceClassification,
@@ -106,6 +106,12 @@ class EffReformerForCausalLM(ForCausalLM, EffReformerPreTrainedModel, Generation
     base_class, head_class = EffReformerModel, PlainLMHead
 
 
+class EffReformerForReplacedTokenDetection(ForReplacedTokenDetection, EffReformerPreTrainedModel):
+    """EffReformer that tells which tokens are not the original ones, as ELECTRA's discriminator."""
+
+    base_class = EffReformerModel
+
+
 class EffReformerForSequenceClassification(ForSequenceClassification, EffReformerPreTrainedModel):
     """EffReformer that classifies texts."""
 
@@ -135,6 +141,7 @@ __all__ = [
     "EffReformerForMaskedLM",
     "EffReformerForMultipleChoice",
     "EffReformerForQuestionAnswering",
+    "EffReformerForReplacedTokenDetection",
     "EffReformerForSequenceClassification",
     "EffReformerForTokenClassification",
     "EffReformerModel",

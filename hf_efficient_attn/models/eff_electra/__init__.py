@@ -1,0 +1,1 @@
+"""EffElectra: ELECTRA (Clark et al. 2020, arXiv 2003.10555)."""
