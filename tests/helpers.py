@@ -39,6 +39,7 @@ TINY_OPTIONS = {
     "local_attn_chunk_length": 8,
     "lsh_attn_chunk_length": 16,
     "num_hashes": 2,
+    "summary_last_dropout": 0.0,
     "sep_token_id": 2,  # some defaults lie beyond the tiny vocabulary
 }
 

@@ -256,7 +256,7 @@ def test_loads_through_meta_device_and_dtype(family: str, auto: str) -> None:
             assert not any(x.is_meta for x in (*loaded.parameters(), *loaded.buffers()))
             for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
                 assert torch.equal(a, b), name
-            torch.testing.assert_close(result_of(loaded.eval(), inputs), result_of(model, inputs), rtol=0, atol=1e-7)
+            torch.testing.assert_close(result_of(loaded.eval(), inputs), result_of(model, inputs), rtol=1e-6, atol=1e-6)
         half = cls.from_pretrained(folder, dtype=torch.bfloat16)
         assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
         assert result_of(half.eval(), inputs).dtype == torch.bfloat16
