@@ -84,6 +84,10 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
+    from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
+    from .pretraining.sizes import ELECTRA_SIZES
+    from .pretraining.trainer import ElectraTrainer
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 
@@ -93,6 +97,8 @@ _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
     "DataCollatorWithGlobalAttention": ".data",
+    "ELECTRA_SIZES": ".pretraining.sizes",
+    "ElectraTrainer": ".pretraining.trainer",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",

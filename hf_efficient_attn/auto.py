@@ -80,17 +80,53 @@ FAMILIES: dict[str, Family] = {
     "eff_reformer": Family("Reformer", "eff_reformer", ENCODER_HEADS | CAUSAL_HEADS, "ReformerTokenizer"),
 }
 
+
+@dataclass(frozen=True)
+class Composite:
+    """One row of `COMPOSITES`: a model that is made of models of other families.
+
+    Args:
+        folder: the model type; its modules stand in `pretraining/`.
+        config_name: name of the config class.
+        model_names: Auto class -> name of the model class.
+    """
+
+    folder: str
+    config_name: str
+    model_names: dict[str, str]
+    tokenizer: None = None
+
+    def module(self, kind: str) -> ModuleType:
+        """The `configuration` or `modeling` module."""
+        return importlib.import_module(f".pretraining.{kind}_{self.folder}", __package__)
+
+
+COMPOSITES: dict[str, Composite] = {
+    "eff_electra_joint": Composite(
+        "eff_electra_joint",
+        "EffElectraJointConfig",
+        {"AutoModelForPreTraining": "EffElectraForJointPreTraining"},
+    ),
+}
+
 _CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 
 
-def public_names() -> dict[str, tuple[Family, str]]:
-    """Public class name -> (family, module kind) for every family."""
+def public_names() -> dict[str, tuple[Family | Composite, str]]:
+    """Public class name -> (row, module kind) for every row of both tables."""
     names = {}
     for family in FAMILIES.values():
         names[family.config_name] = (family, "configuration")
         for name in (f"Eff{family.name}PreTrainedModel", family.detector_name, *family.model_names.values()):
             names[name] = (family, "modeling")
+    for row in COMPOSITES.values():
+        names[row.config_name] = (row, "configuration")
+        names |= {name: (row, "modeling") for name in row.model_names.values()}
     return names
+
+
+def _rows() -> tuple[Family | Composite, ...]:
+    return (*FAMILIES.values(), *COMPOSITES.values())
 
 
 def register() -> None:
@@ -109,7 +145,7 @@ def register_configs() -> None:
     from .encoder.configuration import EffEncoderConfig
 
     table = sys.modules[_CONFIG_TABLE]
-    for family in FAMILIES.values():
+    for family in _rows():
         config_class = getattr(family.module("configuration"), family.config_name)
         known = table.CONFIG_MAPPING._extra_content.get(family.folder)
         if known is None or known is config_class:
@@ -130,13 +166,14 @@ def register_models() -> None:
     """Register the model classes and default tokenizers. Idempotent."""
     import transformers
 
-    for family in FAMILIES.values():
+    for family in _rows():
         config_class = getattr(family.module("configuration"), family.config_name)
         modeling = family.module("modeling")
         for auto_name, model_name in family.model_names.items():
             getattr(transformers, auto_name).register(config_class, getattr(modeling, model_name), exist_ok=True)
-        tokenizer_class = getattr(transformers, family.tokenizer)
-        transformers.AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+        if family.tokenizer is not None:
+            tokenizer_class = getattr(transformers, family.tokenizer)
+            transformers.AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
     _registered[:] = list(FAMILIES)
 
 

@@ -101,8 +101,7 @@ class EffEncoderConfig(PreTrainedConfig):
     add_cross_attention: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        while EffEncoderConfig.before_first_use:
-            EffEncoderConfig.before_first_use.pop()()
+        self.prepare_first_use()
         loaded = kwargs.pop("_loaded_from_dict", False)
         for name in self.original_fields_without_meaning:
             kwargs.pop(name, None)
@@ -110,6 +109,12 @@ class EffEncoderConfig(PreTrainedConfig):
             self._refuse_unknown(kwargs)
         super().__post_init__(**kwargs)
         self.check()
+
+    @staticmethod
+    def prepare_first_use() -> None:
+        """Does what `before_first_use` holds."""
+        while EffEncoderConfig.before_first_use:
+            EffEncoderConfig.before_first_use.pop()()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffEncoderConfig":

@@ -1,0 +1,142 @@
+"""The two encoders of joint pretraining, of whatever family."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForMaskedLM, ElectraConfig, ElectraForPreTraining
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from ..auto import FAMILIES
+from ..encoder.activations import activation
+
+
+_INPUTS = ("token_type_ids", "position_ids", "global_attention_mask")
+
+
+class BackboneDetector(nn.Module):
+    """ELECTRA's head on an encoder of transformers for which there is no class with such a head."""
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        config = backbone.config
+        self.backbone = backbone
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu"))
+        self.dense_prediction = nn.Linear(config.hidden_size, 1)
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The encoder."""
+        return self.backbone
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The encoder's."""
+        return self.backbone.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> BaseModelOutput:
+        """`[batch, length]` ids -> `logits` `[batch, length]`."""
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)[0]
+        logits = self.dense_prediction(self.activation(self.dense(states))).squeeze(-1)
+        return BaseModelOutput(logits)
+
+
+def detector_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class with a replaced-token head for this config; None where transformers' encoder has none."""
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        return getattr(family.module("modeling"), family.detector_name)
+    return ElectraForPreTraining if isinstance(config, ElectraConfig) else None
+
+
+def without_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Arguments that leave the pooler out, which would never get a gradient."""
+    known = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
+
+
+def make_masked_lm(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new encoder with a masked-LM head; raises `ValueError` where there is none."""
+    try:
+        return AutoModelForMaskedLM.from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(config).__name__} has no class for masked language modelling; joint pretraining takes encoders "
+            "that have one."
+        ) from None
+
+
+def make_detector(config: PreTrainedConfig) -> nn.Module:
+    """A new encoder with a replaced-token head."""
+    own = detector_class(config)
+    if own is not None:
+        return own._from_config(config)
+    backbone_class = AutoModel._model_mapping[type(config)]
+    return BackboneDetector(AutoModel.from_config(config, **without_pooler(backbone_class)))
+
+
+def inputs_for(model: nn.Module, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those of the optional inputs that are given and that `model` takes.
+
+    Token types are left out where an encoder has none; raises `ValueError` for anything else that would be ignored.
+    """
+    target = model.backbone if isinstance(model, BackboneDetector) else model
+    known = inspect.signature(target.forward).parameters
+    taken = {}
+    for name in _INPUTS:
+        if given.get(name) is None:
+            continue
+        if name in known:
+            taken[name] = given[name]
+        elif name != "token_type_ids":
+            raise ValueError(f"{type(target).__name__} takes no {name}; leave it out, or choose another encoder.")
+    return taken
+
+
+@contextmanager
+def only_at(base: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
+    """Within, the encoder `base` gives its last states at `mask` `[batch, length]` alone, `[1, tokens, hidden]`.
+
+    So the head around it computes logits of these tokens only. The list that comes with it receives these states.
+    """
+    picked: list[Tensor] = []
+
+    def pick(module: nn.Module, args: Any, output: Any) -> Any:
+        states = output[0][mask][None]
+        picked.append(states)
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output["last_hidden_state"] = states
+        return output
+
+    handle = base.register_forward_hook(pick)
+    try:
+        yield picked
+    finally:
+        handle.remove()
+
+
+def logits_at(model: PreTrainedModel, mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `[tokens, vocab_size]` and last states `[tokens, hidden]` of a masked-LM `model` at `mask` alone."""
+    with only_at(model.base_model, mask) as states:
+        logits = model(**inputs).logits
+    return logits[0], states[0][0]
+
+
+def padding_mask(ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
+    """Bool `[batch, length]`, True at tokens; without a mask padding is where the pad id stands."""
+    if attention_mask is None:
+        return torch.ones_like(ids, dtype=torch.bool) if pad_token_id is None else ids != pad_token_id
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must be [batch, length] = {list(ids.shape)}, got shape {list(attention_mask.shape)}."
+        )
+    return attention_mask.bool()

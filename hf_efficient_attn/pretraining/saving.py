@@ -1,0 +1,127 @@
+"""From folders of a generator and a discriminator to a joint model, and back."""
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, ElectraConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_eff_electra_joint import DETECTING, EffElectraJointConfig
+from .parts import BackboneDetector, detector_class, without_pooler
+
+
+# What transformers' ELECTRA cannot hold, with the value it has there.
+_STOCK_ELECTRA = {
+    "attention": "softmax",
+    "norm_position": "post",
+    "position_offset": 0,
+    "rescale_embeddings": False,
+}
+
+
+class PairFolders:
+    """Loading and saving of the two models of a joint one."""
+
+    @classmethod
+    def from_pretrained_pair(
+        cls,
+        generator: str | os.PathLike | PreTrainedModel,
+        discriminator: str | os.PathLike | PreTrainedModel,
+        **options: Any,
+    ) -> Any:
+        """A joint model that goes on from two published or saved models.
+
+        Args:
+            generator: folder, Hub name or model with a masked-LM head.
+            discriminator: folder, Hub name or model; where it has no head for replaced tokens, that is new.
+            options: fields of `EffElectraJointConfig`, such as `sharing` and `objective`.
+
+        Raises:
+            ValueError: models that do not fit each other, or weights that `sharing` ties and that differ.
+
+        Example:
+
+        ```python
+        >>> pair = "google/electra-base-generator", "google/electra-base-discriminator"
+        >>> model = EffElectraForJointPreTraining.from_pretrained_pair(*pair)
+        ```
+        """
+        first = generator if isinstance(generator, PreTrainedModel) else _load_masked_lm(generator)
+        detects = options.get("objective", DETECTING[0]) in DETECTING
+        second = discriminator
+        if not isinstance(second, PreTrainedModel | BackboneDetector):
+            second = _load_detector(second) if detects else _load_masked_lm(second)
+        joint = cls(EffElectraJointConfig(generator=first.config, discriminator=second.config, **options))
+        found = {**_named("generator", first), **_named("discriminator", second)}
+        for ours, theirs in joint._tied_weights_keys.items():
+            if not found[ours].equal(found[theirs]):
+                raise ValueError(
+                    f"sharing = {joint.config.sharing!r}, but {ours} and {theirs} differ; these two were not trained "
+                    "together: set sharing = 'none', or start from one of them."
+                )
+        missing = joint.load_state_dict(found, strict=False)
+        unknown = [name for name in missing.unexpected_keys if "pooler." not in name]
+        if unknown:
+            raise ValueError(f"{unknown[0]} has no place in {cls.__name__}; give models of its two classes.")
+        return joint
+
+    def save_generator(self, path: str | os.PathLike, stock: bool = False) -> None:
+        """Write the generator as a folder of its own class, for `AutoModelForMaskedLM`; `stock` as below."""
+        _save(self.generator, path, stock)
+
+    def save_discriminator(self, path: str | os.PathLike, stock: bool = False) -> None:
+        """Write the discriminator as a folder of its own class, to be fine-tuned like any other.
+
+        EffElectra's folders load in transformers' ELECTRA classes as well, by their names. With `stock` they also say
+        that they are ELECTRA, so that the Auto classes load transformers' own and nothing of this package is needed. An
+        encoder of transformers without a class for replaced tokens is written without that head.
+
+        Raises:
+            ValueError: `stock` for a model that transformers' ELECTRA cannot hold; the message names the field.
+        """
+        _save(self.discriminator, path, stock)
+
+
+def _load_masked_lm(source: str | os.PathLike) -> PreTrainedModel:
+    return AutoModelForMaskedLM.from_pretrained(source)
+
+
+def _load_detector(source: str | os.PathLike) -> nn.Module:
+    config = AutoConfig.from_pretrained(source)
+    own = detector_class(config)
+    if own is not None:
+        return own.from_pretrained(source)
+    backbone_class = AutoModel._model_mapping[type(config)]
+    return BackboneDetector(AutoModel.from_pretrained(source, **without_pooler(backbone_class)))
+
+
+def _named(front: str, model: nn.Module) -> dict[str, Any]:
+    return {f"{front}.{name}": weight for name, weight in model.state_dict().items()}
+
+
+def _save(model: nn.Module, path: str | os.PathLike, stock: bool) -> None:
+    saved = model.base_model if isinstance(model, BackboneDetector) else model
+    config = _stock_config(saved) if stock else None
+    saved.save_pretrained(path)
+    if config is not None:
+        config.save_pretrained(path)
+
+
+def _stock_config(model: PreTrainedModel) -> ElectraConfig:
+    """The config of transformers' ELECTRA for this model; raises `ValueError` where it cannot hold it."""
+    config = model.config
+    if config.model_type not in ("electra", "eff_electra"):
+        raise ValueError(
+            f"stock = True for a {type(config).__name__}: only ELECTRA models have a stock form; leave it."
+        )
+    for name, value in _STOCK_ELECTRA.items():
+        if getattr(config, name, value) != value:
+            raise ValueError(
+                f"stock = True with {name} = {getattr(config, name)!r}: transformers' ELECTRA has {value!r} there; "
+                "leave stock out."
+            )
+    fields = {name: getattr(config, name) for name in ElectraConfig.__dataclass_fields__ if hasattr(config, name)}
+    fields["embedding_size"] = config.embedding_size or config.hidden_size
+    fields["architectures"] = [type(model).__name__.removeprefix("Eff")]
+    return ElectraConfig(**fields)
