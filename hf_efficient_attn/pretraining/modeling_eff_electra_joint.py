@@ -71,6 +71,14 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         self._keys_to_ignore_on_save = set(self.all_tied_weights_keys)
         self._freeze_what_waits()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every loaded weight one that learns."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_what_waits()
+        return loaded
+
     def _freeze_what_waits(self) -> None:
         """In two stages only one of the two learns."""
         waiting = {"generator": self.discriminator, "discriminator": self.generator}.get(self.config.stage)
@@ -112,9 +120,9 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """As in transformers, for both encoders."""
         self.generator.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        second = (
-            self.discriminator if isinstance(self.discriminator, PreTrainedModel) else self.discriminator.base_model
-        )
+        # An encoder of transformers is resized without its head.
+        own_class = isinstance(self.discriminator, PreTrainedModel)
+        second = self.discriminator if own_class else self.discriminator.base_model
         second.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.tie_weights()
         return self.get_input_embeddings()
