@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .pretraining.masking import DataCollatorForReplacedTokenDetection
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 
@@ -76,6 +77,7 @@ __version__ = "0.1.0"
 _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
+    "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",

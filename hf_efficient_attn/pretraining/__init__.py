@@ -1,0 +1,1 @@
+"""Objectives that need more than a head: replaced-token detection (ELECTRA)."""
