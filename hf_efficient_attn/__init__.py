@@ -85,6 +85,7 @@ if TYPE_CHECKING:
         EffReformerPreTrainedModel,
     )
     from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
+    from .pretraining.masking import DataCollatorForReplacedTokenDetection
     from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
     from .pretraining.sizes import ELECTRA_SIZES
     from .pretraining.trainer import ElectraTrainer
@@ -96,6 +97,7 @@ __version__ = "0.1.0"
 _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
+    "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
     "ELECTRA_SIZES": ".pretraining.sizes",
     "ElectraTrainer": ".pretraining.trainer",
