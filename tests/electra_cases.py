@@ -1,4 +1,4 @@
-"""Pairs of encoders for joint pretraining: every family of the package that has a masked-LM head, and transformers' own."""
+"""Pairs of encoders for joint pretraining: every family of the package, and some of transformers' own."""
 
 from dataclasses import fields
 from typing import Any

@@ -112,10 +112,13 @@ def test_no_gradient_from_the_discriminator_but_through_shared_weights(backbone:
     model, batch = joint_model(backbone).train(), masked_batch()
     outputs = model(**batch)
     alone = {name: x for name, x in grads(model, outputs.discriminator_loss).items() if x.abs().max() > 0}
-    assert not [name for name in alone if name.startswith("generator.")]
-    shared = [name for name in model._tied_weights_keys.values() if "word_embeddings" in name]
-    assert len(shared) == 1 and shared[0] in alone
-    assert grads(model, model(**batch).generator_loss)[shared[0]].abs().max() > 0
+    # What is tied goes by its first name, the generator's.
+    shared = set(model._tied_weights_keys)
+    assert {name for name in alone if name.startswith("generator.")} == shared
+    assert any("word_embeddings" in name for name in shared)
+    mine = grads(model, model(**batch).generator_loss)
+    assert all(mine[name].abs().max() > 0 for name in shared)
+    assert all(x.abs().max() == 0 for name, x in mine.items() if name.startswith("discriminator."))
 
 
 def test_without_weight_the_generator_learns_as_a_masked_lm() -> None:
@@ -136,8 +139,10 @@ def test_padding_and_batch_mates_never_matter(backbone: str) -> None:
     # Neither ids nor labels in padding count.
     wider["input_ids"][pad], wider["labels"][pad] = 7, 9
     padded = model(**wider)
-    assert torch.equal(padded.corrupted_ids[:, :40], together.corrupted_ids) or backbone in ("roberta",)
     keep = batch["attention_mask"].bool()
+    assert torch.equal(padded.corrupted_ids[:, :40][keep], together.corrupted_ids[keep])
+    assert_close(padded.loss, together.loss, **CLOSE)
+    assert_close(padded.counts, together.counts, **CLOSE)
     losses = []
     for row, length in enumerate(LENGTHS):
         alone = model(**{name: x[row : row + 1, :length] for name, x in batch.items()})
@@ -145,9 +150,6 @@ def test_padding_and_batch_mates_never_matter(backbone: str) -> None:
         assert_close(alone.discriminator_logits[0], together.discriminator_logits[row, keep[row]], **CLOSE)
         losses.append(alone.discriminator_loss * length)
     assert_close(together.discriminator_loss, sum(losses) / sum(LENGTHS), **CLOSE)
-    if backbone != "roberta":  # transformers' takes its positions from the ids, also those in padding
-        assert_close(padded.loss, together.loss, **CLOSE)
-        assert_close(padded.counts, together.counts, **CLOSE)
 
 
 def test_padding_on_the_left() -> None:
@@ -246,10 +248,11 @@ def test_reinforce_is_the_gradient_of_the_expected_reward() -> None:
 
 def test_an_adversarial_generator_fools_the_discriminator() -> None:
     """Against a discriminator that stands still, its loss rises; a masked-LM generator would not care."""
-    model = joint_model(generator_training="adversarial", sharing="none", sampling_seed=None).train()
+    options = {"objective": "electra_15", "sharing": "none", "sampling_seed": None}
+    model = joint_model(generator_training="adversarial", **options).train()
     model.discriminator.requires_grad_(False)
     batch, losses = masked_batch([40] * 8), []
-    optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], lr=2e-3)
+    optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], lr=5e-3)
     torch.manual_seed(0)
     for _ in range(60):
         optimizer.zero_grad()
@@ -270,7 +273,7 @@ def test_adversarial_gradients_reach_everything_once() -> None:
 
 
 def test_two_stages() -> None:
-    """First the generator alone; then the discriminator, with its encoder, on samples of a generator that stands still."""
+    """First the generator alone; then the discriminator, which starts with its encoder, on samples of a frozen one."""
     model, batch = joint_model(generator_size=1, sharing="none", stage="generator").train(), masked_batch()
     first = grads(model, model(**batch).loss)
     assert {name.split(".")[0] for name in first} == {"generator"}
@@ -299,7 +302,7 @@ def test_a_saved_stage_is_the_stage_that_loads(tmp_path: Any) -> None:
 
 
 def test_figures_of_a_batch() -> None:
-    model, batch = joint_model(), masked_batch()
+    model, batch = joint_model(), masked_batch([100, 91, 64])
     outputs, keep = model(**batch), batch["attention_mask"].bool()
     called, replaced = (outputs.discriminator_logits > 0)[keep], outputs.is_replaced[keep] == 1
     logits = model.generator(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -16,13 +16,12 @@ class ElectraTrainer(Trainer):
     and recall of the discriminator: in training over all batches since the last log, in evaluation over the whole
     evaluation set, on all ranks. A collator that has `set_epoch`, as `DataCollatorForReplacedTokenDetection`, is told
     the epoch: every epoch has other masks, an interrupted run goes on with the ones it would have had, and evaluation
-    always has those of epoch 0. With dataloader workers that last from epoch to epoch (`dataloader_persistent_workers`)
-    the collator is out of reach, which is refused.
+    always has those of epoch 0.
 
     The model trains with transformers' own Trainer as well, without these.
 
     Raises:
-        ValueError: a model that is no `EffElectraForJointPreTraining`, persistent workers.
+        ValueError: a model that is no `EffElectraForJointPreTraining`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,11 +31,6 @@ class ElectraTrainer(Trainer):
             raise ValueError(
                 f"ElectraTrainer got a {type(self.model).__name__}; it trains EffElectraForJointPreTraining. For other "
                 "models take transformers' Trainer."
-            )
-        if self._tells_epochs and self.args.dataloader_persistent_workers:
-            raise ValueError(
-                "dataloader_persistent_workers = True: workers that last would keep the masks of the first epoch; set "
-                "it False."
             )
         self._sums = {True: self._no_counts(), False: self._no_counts()}
         if self._tells_epochs:
@@ -80,7 +74,7 @@ class ElectraTrainer(Trainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self.data_collator.epoch = epoch
+            self.data_collator.set_epoch(epoch)
 
 
 class _EpochOfMasks(TrainerCallback):
