@@ -28,11 +28,13 @@ def run_two(script: str, folder: Path, timeout: int = 200) -> None:
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # What accelerate goes by; the processes have met through a file before it looks.
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     command = [sys.executable, "-c", _BEFORE + script + _AFTER]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    ranks = []
+    for rank in range(2):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen([*command, str(rank), str(folder)], env=own, stderr=subprocess.PIPE, text=True))
     try:
         for rank in ranks:
             errors = rank.communicate(timeout=timeout)[1]
