@@ -112,9 +112,7 @@ def _stock_config(model: PreTrainedModel) -> ElectraConfig:
     """The config of transformers' ELECTRA for this model; raises `ValueError` where it cannot hold it."""
     config = model.config
     if config.model_type not in ("electra", "eff_electra"):
-        raise ValueError(
-            f"stock = True for a {type(config).__name__}: only ELECTRA models have a stock form; leave it."
-        )
+        raise ValueError(f"stock = True for a {type(config).__name__}: only ELECTRA has a stock form; leave it out.")
     for name, value in _STOCK_ELECTRA.items():
         if getattr(config, name, value) != value:
             raise ValueError(
