@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .optimization import layerwise_parameter_groups
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 
@@ -81,6 +82,7 @@ _OTHER_NAMES = {
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
     "byte_tokenizer": ".tokenization",
+    "layerwise_parameter_groups": ".optimization",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]
