@@ -15,6 +15,7 @@ On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads tha
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
@@ -29,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_efficient_attn import EffLongformerForSequenceClassification
+from hf_efficient_attn import EffLongformerForSequenceClassification, layerwise_parameter_groups
 from hf_efficient_attn.demo import accuracy, small_config, stdlib_corpus, tokenize_texts, train_tokenizer
 
 
@@ -41,6 +42,14 @@ def positive(text: str) -> float:
     number = float(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1, for argparse."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
     return number
 
 
@@ -70,6 +79,9 @@ def read_arguments() -> argparse.Namespace:
     training.add_argument("--epochs", type=positive, default=6)
     training.add_argument("--batch-size", type=count, default=4)
     training.add_argument("--learning-rate", type=positive, help="default: 2e-3 for a new model, 5e-5 for --model")
+    training.add_argument(
+        "--layer-decay", type=share, default=1.0, help="learning rate of each layer over the next one's, such as 0.8"
+    )
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     training.add_argument("--bf16", action="store_true")
     training.add_argument("--cpu", action="store_true", help="do not use an accelerator")
@@ -145,6 +157,20 @@ def number_labels(splits: DatasetDict, text_column: str, label_column: str) -> t
     return splits, [str(value) for value in values]
 
 
+class LayerwiseTrainer(Trainer):
+    """Trainer with a learning rate that falls by the factor `layer_decay` from layer to layer, from the head down."""
+
+    layer_decay = 1.0
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The optimizer that the arguments ask for, over groups with a rate each."""
+        if self.optimizer is None and self.layer_decay < 1.0:
+            rates = (self.args.learning_rate, self.layer_decay, self.args.weight_decay)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(layerwise_parameter_groups(self.model, *rates), **options)
+        return super().create_optimizer(*args)
+
+
 def main() -> None:
     args = read_arguments()
 
@@ -191,7 +217,7 @@ def main() -> None:
         for name, split in splits.items()
     }
 
-    trainer = Trainer(
+    trainer = LayerwiseTrainer(
         model_init=build,  # a function: Trainer seeds before it calls it
         args=TrainingArguments(
             output_dir=args.output_dir,
@@ -219,6 +245,7 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )
+    trainer.layer_decay = args.layer_decay
     checkpoint = None
     if args.resume:
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

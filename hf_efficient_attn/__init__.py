@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
     from .pretraining.sizes import ELECTRA_SIZES
     from .pretraining.trainer import ElectraTrainer
+    from .optimization import layerwise_parameter_groups
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 
@@ -105,6 +106,7 @@ _OTHER_NAMES = {
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
     "byte_tokenizer": ".tokenization",
+    "layerwise_parameter_groups": ".optimization",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]

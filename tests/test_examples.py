@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers import pipeline
 
 import hf_efficient_attn  # noqa: F401  (the pipeline is to know its models)
@@ -81,6 +82,18 @@ def test_training_goes_on_from_the_last_checkpoint(finetuned: Path) -> None:
     result = example(finetuned, "--dataset", "rows.csv", *columns, "--epochs", "3", "--resume")
     assert result.returncode == 0, result.stderr
     assert (finetuned / "out" / f"checkpoint-{max(steps) * 3 // 2}").is_dir()
+
+
+def test_layers_further_from_the_head_learn_more_slowly(finetuned: Path, tmp_path: Path) -> None:
+    columns = ["--text-column", "body", "--label-column", "topic", "--max-length", "32", "--epochs", "1"]
+    data = ["--dataset", str(finetuned / "rows.csv"), *columns, "--output-dir", "out"]
+    result = example(tmp_path, *data, "--layer-decay", "0.5", "--learning-rate", "1e-3")
+    assert result.returncode == 0, result.stderr
+    checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
+    groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    initial = {group["name"]: group["initial_lr"] for group in groups if "," not in group["name"]}
+    assert initial == {"head": 1e-3, "layer 1": 5e-4, "layer 0": 2.5e-4, "embeddings": 1.25e-4}
+    assert all(tuple(group["betas"]) == (0.9, 0.98) for group in groups)  # the arguments' other settings hold
 
 
 def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> None:
