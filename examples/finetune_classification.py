@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -31,10 +31,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_efficient_attn import EffLongformerForSequenceClassification, layerwise_parameter_groups
-from hf_efficient_attn.demo import accuracy, small_config, stdlib_corpus, tokenize_texts, train_tokenizer
-
-
-LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+from hf_efficient_attn.demo import accuracy, load_sides, small_config, stdlib_corpus, tokenize_texts, train_tokenizer
 
 
 def positive(text: str) -> float:
@@ -92,41 +89,6 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation side of --dataset."""
-    path = Path(args.dataset)
-    if args.eval_dataset and path.suffix not in LOADERS:
-        raise SystemExit(f"Error: --eval-dataset goes with a file, not with {path}: use --eval-split.")
-    if path.suffix in LOADERS:
-        files = {args.train_split: args.dataset}
-        if args.eval_dataset:
-            files[args.eval_split or "validation"] = args.eval_dataset
-        for file in files.values():
-            if not Path(file).is_file():
-                raise SystemExit(f"Error: there is no file {file}: check the path.")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        splits = load_dataset(LOADERS[path.suffix], data_files=files, **options)
-    elif path.is_file():
-        raise SystemExit(f"Error: {path} ends in {path.suffix!r}, which is not known: pass {', '.join(LOADERS)}.")
-    elif texts := sorted(path.glob("*/*.txt")):
-        columns = {"text": [text.read_text("utf-8") for text in texts], "label": [text.parent.name for text in texts]}
-        splits = DatasetDict({args.train_split: Dataset.from_dict(columns)})
-    else:
-        try:
-            splits = load_dataset(args.dataset, args.dataset_config)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"Error: {args.dataset} is no file, and cannot be loaded as a data set: {error}") from None
-
-    for name in filter(None, (args.train_split, args.eval_split)):
-        if name not in splits:
-            raise SystemExit(f"Error: {args.dataset} has no split {name!r}: it has {', '.join(splits)}.")
-    eval_split = args.eval_split or next((name for name in ("validation", "test") if name in splits), None)
-    if eval_split is None:
-        splits = splits[args.train_split].train_test_split(test_size=0.2, seed=args.seed)
-        return splits["train"], splits["test"]
-    return splits[args.train_split], splits[eval_split]
-
-
 def number_labels(splits: DatasetDict, text_column: str, label_column: str) -> tuple[DatasetDict, list[str]]:
     """The splits with labels 0, 1, ..., and the labels' names in that order."""
     for name, split in splits.items():
@@ -176,7 +138,17 @@ def main() -> None:
 
     # Data: two sides with a text and a label column.
     if args.dataset:
-        train, held_out = load_splits(args)
+        try:
+            train, held_out = load_sides(
+                args.dataset,
+                config=args.dataset_config,
+                eval_source=args.eval_dataset,
+                train_split=args.train_split,
+                eval_split=args.eval_split,
+                seed=args.seed,
+            )
+        except ValueError as error:
+            raise SystemExit(f"Error: {error}") from None
         splits, labels = number_labels(DatasetDict(train=train, eval=held_out), args.text_column, args.label_column)
     else:
         corpus = stdlib_corpus(args.max_length or 1024, max_per_label=30, seed=args.seed)

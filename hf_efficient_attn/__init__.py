@@ -84,12 +84,12 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .optimization import layerwise_parameter_groups
     from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
     from .pretraining.masking import DataCollatorForReplacedTokenDetection
     from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
     from .pretraining.sizes import ELECTRA_SIZES
     from .pretraining.trainer import ElectraTrainer
-    from .optimization import layerwise_parameter_groups
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 

@@ -5,6 +5,7 @@ Its parts are for use elsewhere too: `stdlib_corpus` needs no download, `finetun
 
 from .corpus import Corpus, SourceFile, cap_per_label, cut_documents, read_packages, split_by_file, stdlib_corpus
 from .run import QUICK, DemoReport, DemoSettings, run_demo
+from .sources import load_sides
 from .tokenizer import train_tokenizer
 from .training import TimeLimit, accuracy, finetune, small_config, tokenize_texts
 
@@ -20,6 +21,7 @@ __all__ = [
     "cap_per_label",
     "cut_documents",
     "finetune",
+    "load_sides",
     "read_packages",
     "run_demo",
     "small_config",

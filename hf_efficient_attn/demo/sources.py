@@ -1,0 +1,73 @@
+"""Data sets from files, folders and the Hub, on two sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+
+LOADERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+def load_sides(
+    source: str,
+    *,
+    config: str | None = None,
+    eval_source: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    eval_share: float = 0.2,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """The training and the evaluation side of `source`.
+
+    Args:
+        source: a csv, tsv, json, jsonl, parquet or txt file (one row a line), a folder with one subfolder of .txt files
+            for each label, any other folder that `datasets.load_dataset` reads, or a name on the Hub.
+        config: configuration of a Hub data set that has several.
+        eval_source: file with the evaluation side, where `source` is a file.
+        train_split, eval_split: names of the sides; without `eval_split` it is "validation" or "test", else
+            `eval_share` of the training side, drawn with `seed`.
+
+    Raises:
+        ValueError: a file or side that there is not, a kind of file that is not known, a source that cannot be read.
+    """
+    path = Path(source)
+    if eval_source and path.suffix not in LOADERS:
+        raise ValueError(f"--eval-dataset goes with a file, not with {path}: use --eval-split.")
+    if path.suffix in LOADERS:
+        files = {train_split: source}
+        if eval_source:
+            files[eval_split or "validation"] = eval_source
+        for file in files.values():
+            if not Path(file).is_file():
+                raise ValueError(f"there is no file {file}: check the path.")
+        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        splits = load_dataset(LOADERS[path.suffix], data_files=files, **options)
+    elif path.is_file():
+        raise ValueError(f"{path} ends in {path.suffix!r}, which is not known: pass {', '.join(LOADERS)}.")
+    elif texts := sorted(path.glob("*/*.txt")):
+        columns = {"text": [text.read_text("utf-8") for text in texts], "label": [text.parent.name for text in texts]}
+        splits = DatasetDict({train_split: Dataset.from_dict(columns)})
+    else:
+        try:
+            splits = load_dataset(source, config)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source} is no file, and cannot be loaded as a data set: {error}") from None
+
+    for name in filter(None, (train_split, eval_split)):
+        if name not in splits:
+            raise ValueError(f"{source} has no split {name!r}: it has {', '.join(splits)}.")
+    eval_split = eval_split or next((name for name in ("validation", "test") if name in splits), None)
+    if eval_split is None:
+        splits = splits[train_split].train_test_split(test_size=eval_share, seed=seed)
+        return splits["train"], splits["test"]
+    return splits[train_split], splits[eval_split]
