@@ -1,13 +1,15 @@
 """The demo: an EffLongformer classifier of long documents, trained, saved, checked and measured in a few minutes.
 
-Its parts are for use elsewhere too: `stdlib_corpus` needs no download, `finetune` trains on any `Corpus`.
+Its parts are for use elsewhere too: `stdlib_corpus` and `english_corpus` need no download, `finetune` trains on any
+`Corpus`, `pack_texts` makes blocks to pretrain on.
 """
 
 from .corpus import Corpus, SourceFile, cap_per_label, cut_documents, read_packages, split_by_file, stdlib_corpus
+from .english import EnglishCorpus, english_corpus
 from .run import QUICK, DemoReport, DemoSettings, run_demo
 from .sources import load_sides
-from .tokenizer import train_tokenizer
-from .training import TimeLimit, accuracy, finetune, small_config, tokenize_texts
+from .tokenizer import train_tokenizer, train_wordpieces
+from .training import TimeLimit, accuracy, finetune, pack_texts, small_config, tokenize_texts
 
 
 __all__ = [
@@ -15,13 +17,16 @@ __all__ = [
     "Corpus",
     "DemoReport",
     "DemoSettings",
+    "EnglishCorpus",
     "SourceFile",
     "TimeLimit",
     "accuracy",
     "cap_per_label",
     "cut_documents",
+    "english_corpus",
     "finetune",
     "load_sides",
+    "pack_texts",
     "read_packages",
     "run_demo",
     "small_config",
@@ -29,4 +34,5 @@ __all__ = [
     "stdlib_corpus",
     "tokenize_texts",
     "train_tokenizer",
+    "train_wordpieces",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -48,8 +49,8 @@ def read_packages(num_packages: int = 10, stdlib: str | Path | None = None) -> d
     """
     if num_packages < 2:
         raise ValueError(f"num_packages is {num_packages}, but a classifier needs two labels: pass 2 or more.")
-    root = Path(stdlib if stdlib is not None else sysconfig.get_path("stdlib"))
-    found = {name: files for name in CANDIDATES if len(files := _read_files(root, name)) >= MIN_FILES}
+    root = library_folder(stdlib)
+    found = {name: files for name in CANDIDATES if len(files := read_files(root, name)) >= MIN_FILES}
     if len(found) < 2:
         raise ValueError(
             f"{root} holds {len(found)} of the standard library's packages with {MIN_FILES} source files or more, but "
@@ -59,13 +60,23 @@ def read_packages(num_packages: int = 10, stdlib: str | Path | None = None) -> d
     return {name: found[name] for name in sorted(largest)}
 
 
-def _read_files(root: Path, package: str) -> list[SourceFile]:
-    files = []
-    for path in sorted((root / package).rglob("*.py")):
-        relative = path.relative_to(root)
-        if TEST_FOLDERS.isdisjoint(relative.parts) and (text := path.read_text("utf-8", errors="ignore")).strip():
-            files.append(SourceFile(package, relative.as_posix(), text))
-    return files
+def library_folder(stdlib: str | Path | None = None) -> Path:
+    """The folder `stdlib`, or by default this Python's own standard library."""
+    return Path(stdlib if stdlib is not None else sysconfig.get_path("stdlib"))
+
+
+def read_files(root: Path, package: str = "", skipped: frozenset[str] = TEST_FOLDERS) -> list[SourceFile]:
+    """The non-empty `.py` files of one package below `root` (of all of it for `""`), in the order of their paths.
+
+    Folders whose name is in `skipped` are not entered, at any depth.
+    """
+    paths = []
+    for folder, subfolders, names in os.walk(root / package):
+        # Here, not afterwards: what pip installed may lie below, tens of thousands of files.
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    texts = {path.relative_to(root).as_posix(): path.read_text("utf-8", errors="ignore") for path in sorted(paths)}
+    return [SourceFile(package, path, text) for path, text in texts.items() if text.strip()]
 
 
 def split_by_file(

@@ -1,4 +1,4 @@
-"""A small EffLongformer classifier and its fine-tuning with `Trainer`."""
+"""Texts as tokens to train on; a small EffLongformer classifier and its fine-tuning with `Trainer`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from transformers import (
 from hf_efficient_attn import EffLongformerConfig, EffLongformerForSequenceClassification
 
 from .corpus import Corpus
+
+
+MIN_BLOCK = 8
 
 
 def small_config(
@@ -79,6 +82,53 @@ def tokenize_texts(
         return {**encoding, "labels": batch[label_column]}
 
     return dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+
+
+def pack_texts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, text_column: str = "text"
+) -> Dataset:
+    """Texts one after the other, cut into blocks of `max_length` tokens to pretrain on: `[CLS] ... [SEP]`.
+
+    Texts are joined in the order of the dataset with one `[SEP]` between them; nothing is padded, and nothing is lost
+    but a last block of fewer than 8 tokens. This is the "full sentences" input of RoBERTa
+    (Liu et al. 2019, https://arxiv.org/abs/1907.11692), cut between tokens, not between sentences.
+
+    Args:
+        dataset: has the column `text_column`.
+        tokenizer: one with a CLS and a SEP token, whatever they are called.
+        max_length: tokens a block, CLS and SEP counted; 8 or more.
+
+    Returns:
+        The column `input_ids`; a block has `max_length` tokens, one less where a text ends there, and the last one 8 or
+        more.
+
+    Raises:
+        ValueError: `max_length` below 8; a tokenizer without a CLS or SEP token.
+    """
+    if max_length < MIN_BLOCK:
+        raise ValueError(f"max_length is {max_length}, but a block has {MIN_BLOCK} tokens at least: pass a larger one.")
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if cls is None or sep is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has the CLS token {tokenizer.cls_token!r} and the SEP token "
+            f"{tokenizer.sep_token!r}, but blocks begin and end with them: set tokenizer.cls_token and .sep_token."
+        )
+    stream: list[int] = []
+    for batch in dataset.iter(batch_size=1000):
+        # Whole documents are longer than the model's limit by design: `verbose=False` keeps the warning away.
+        for ids in tokenizer(batch[text_column], add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, sep] if ids else []
+    blocks = []
+    start = 0
+    while start < len(stream):
+        piece = stream[start : start + max_length - 1]
+        if piece[-1] != sep:  # the text goes on in the next block
+            piece.pop()
+        start += len(piece)
+        blocks.append([cls, *piece] if piece[-1] == sep else [cls, *piece, sep])
+    if blocks and len(blocks[-1]) < MIN_BLOCK:
+        blocks.pop()
+    return Dataset.from_dict({"input_ids": blocks})
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
