@@ -90,7 +90,8 @@ def load_texts(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """The training and the evaluation side, each with the text column."""
     if not args.dataset:
         corpus = english_corpus(seed=args.seed)
-        return corpus.train.rename_column("text", args.text_column), corpus.eval.rename_column("text", args.text_column)
+        args.text_column = "text"
+        return corpus.train, corpus.eval
     try:
         sides = load_sides(
             args.dataset,
