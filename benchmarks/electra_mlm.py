@@ -5,8 +5,8 @@
 
 Two encoders of one size start from the same weights. One is pretrained as ELECTRA's discriminator for --steps steps;
 the other predicts the masked tokens itself, on the same batches, for as many steps as cost the same multiply-adds,
-counted on a batch. Both, and an encoder that was not trained, are then judged by packages of the standard library, which
-tell the documents of the demo apart: with a linear probe on their frozen states (logistic regression on the mean state
+counted on a batch. Both, and an encoder that was not trained, are then judged by packages of the standard library that
+the documents of the demo come from: with a linear probe on their frozen states (logistic regression on the mean state
 of a text), and by fine-tuning them. A bag of the same tokens is the baseline.
 """
 

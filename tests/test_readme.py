@@ -11,6 +11,7 @@ from helpers import randomise_, tiny_tokenizer
 from transformers import (
     BertForMaskedLM,
     BigBirdForMaskedLM,
+    ElectraForPreTraining,
     LongformerForMaskedLM,
     LongformerForQuestionAnswering,
     NystromformerForMaskedLM,
@@ -32,6 +33,7 @@ LONGFORMER = {"attention_window": 16, "max_position_embeddings": 4098}
 CHECKPOINTS = {
     "allenai/longformer-base-4096": (LongformerForMaskedLM, LONGFORMER),
     "allenai/longformer-large-4096-finetuned-triviaqa": (LongformerForQuestionAnswering, LONGFORMER),
+    "google/electra-small-discriminator": (ElectraForPreTraining, {"embedding_size": 8}),
     "google/bigbird-roberta-base": (BigBirdForMaskedLM, {"sep_token_id": 2}),
     "google-bert/bert-base-uncased": (BertForMaskedLM, {}),
     "google/reformer-enwik8": (
