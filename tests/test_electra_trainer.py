@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from electra_cases import joint_config
+from electra_cases import joint_config, joint_model, masked_batch
 from helpers import no_warnings, random_ids, tiny_wordpieces
 from processes import run_two
 from torch.testing import assert_close
@@ -216,3 +216,49 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     with pytest.raises(ValueError, match="ElectraTrainer got a BertForMaskedLM; it trains EffElectraForJoint"):
         ElectraTrainer(BertForMaskedLM(tiny), arguments(tmp_path))
+
+
+SHARDED = """
+from electra_cases import joint_model, masked_batch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+model = joint_model().train()
+for part in (model.generator, model.discriminator):
+    for layer in part.electra.encoder.layer:
+        fully_shard(layer)
+fully_shard(model)
+assert all(isinstance(x, DTensor) for x in model.parameters())
+for ours, theirs in model._tied_weights_keys.items():
+    assert model.get_parameter(ours) is model.get_parameter(theirs)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+mine = {name: x[2 * rank : 2 * rank + 2] for name, x in masked_batch([40] * 4).items()}
+losses = []
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = model(**mine).loss
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.detach())
+total = torch.stack(losses)
+dist.all_reduce(total)
+whole = {name: x.full_tensor() for name, x in model.state_dict().items()}
+if rank == 0:
+    torch.save((total / 2, whole), f"{folder}/result")
+"""
+
+
+def test_sharded_parameters_keep_what_is_shared(tmp_path: Path) -> None:
+    """FSDP2 on two processes: parameters are DTensors, tied ones still one, and training is that of one process."""
+    run_two(SHARDED, tmp_path)
+    losses, trained = torch.load(tmp_path / "result")
+    model, batch = joint_model().train(), masked_batch([40] * 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for loss in losses:
+        optimizer.zero_grad()
+        alone = model(**batch).loss
+        alone.backward()
+        optimizer.step()
+        assert_close(loss, alone.detach(), atol=1e-4, rtol=1e-4)
+    for name, weight in model.state_dict().items():
+        assert_close(trained[name], weight, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

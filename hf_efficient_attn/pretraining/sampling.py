@@ -14,13 +14,13 @@ def row_seeds(seed: int, ids: Tensor, keep: Tensor, masked: Tensor) -> list[int]
         keep: `[batch, length]` bool, False at padding, which does not count.
         masked: `[batch, length]` bool.
     """
-    rows = zip(ids.cpu(), keep.cpu(), masked.cpu(), strict=True)
-    return [_hashed(seed, tokens[own].tolist(), chosen[own].tolist()) for tokens, own, chosen in rows]
-
-
-def _hashed(seed: int, tokens: list[int], chosen: list[bool]) -> int:
-    text = b"".join(number.to_bytes(8, "little") for number in (seed, *tokens)) + bytes(chosen)
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    seeds = []
+    for tokens, own, chosen in zip(*(x.cpu().numpy() for x in (ids, keep, masked)), strict=True):
+        hashed = hashlib.blake2b(f"{seed} ".encode(), digest_size=8)
+        hashed.update(tokens[own].astype("<i8").tobytes())
+        hashed.update(chosen[own].tobytes())
+        seeds.append(int.from_bytes(hashed.digest(), "little") >> 1)
+    return seeds
 
 
 @torch.no_grad()
