@@ -198,19 +198,17 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         else:
             generator_loss = mean(token_nll(logits, targets))
             discriminator_loss = self._predict(corrupted, original, keep, masked, given)
-        loss = generator_loss + self.config.loss_weight * discriminator_loss
-        if self.config.stage != "joint":
-            loss = generator_loss if self.config.stage == "generator" else self.config.loss_weight * discriminator_loss
+        parts = {"generator": generator_loss, "discriminator": self.config.loss_weight * discriminator_loss}
         counts |= {"generator_loss": generator_loss.detach(), "discriminator_loss": discriminator_loss.detach()}
         zero = counts["batches"] * 0
         return EffElectraJointOutput(
-            loss=loss,
+            loss=parts.get(self.config.stage, sum(parts.values())),
             discriminator_logits=found,
             is_replaced=is_replaced.long().masked_fill(~keep, -100),
             generator_loss=generator_loss,
             discriminator_loss=discriminator_loss,
             corrupted_ids=corrupted,
-            counts=torch.stack([counts.get(name, zero).double() for name in COUNTS]),
+            counts=torch.stack([counts.get(name, zero).float() for name in COUNTS]),
         )
 
     def _generate(

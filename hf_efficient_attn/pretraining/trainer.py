@@ -41,7 +41,9 @@ class ElectraTrainer(Trainer):
         return hasattr(self.data_collator, "set_epoch")
 
     def _no_counts(self) -> Tensor:
-        return torch.zeros(len(COUNTS), dtype=torch.double, device=self.args.device)
+        device = self.args.device
+        # Apple's GPUs have no float64.
+        return torch.zeros(len(COUNTS), dtype=torch.float if device.type == "mps" else torch.double, device=device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
