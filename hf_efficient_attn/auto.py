@@ -106,7 +106,7 @@ def register() -> None:
 
 def register_configs() -> None:
     """Register the config classes, and have the models registered before the first config exists."""
-    from .encoder.configuration import EffEncoderConfig
+    from .encoder.configuration import EffConfig
 
     table = sys.modules[_CONFIG_TABLE]
     for family in FAMILIES.values():
@@ -119,8 +119,8 @@ def register_configs() -> None:
                 f"model type {family.folder!r} is already registered by {known.__module__}.{known.__name__}; "
                 "remove that registration before importing hf_efficient_attn."
             )
-    if not _registered and register_models not in EffEncoderConfig.before_first_use:
-        EffEncoderConfig.before_first_use.append(register_models)
+    if not _registered and register_models not in EffConfig.before_first_use:
+        EffConfig.before_first_use.append(register_models)
 
 
 _registered: list[str] = []
