@@ -84,6 +84,14 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .models.eff_vit.configuration_eff_vit import EffViTConfig
+    from .models.eff_vit.modeling_eff_vit import (
+        EffViTBackbone,
+        EffViTForImageClassification,
+        EffViTForMaskedImageModeling,
+        EffViTModel,
+        EffViTPreTrainedModel,
+    )
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 

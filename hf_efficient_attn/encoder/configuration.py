@@ -107,11 +107,7 @@ class EffConfig(PreTrainedConfig):
                 "the labels."
             )
         self.check_probabilities("hidden_dropout_prob", "attention_probs_dropout_prob")
-        from transformers.activations import ACT2FN  # loads a good part of transformers: not before a config exists
-
-        if self.hidden_act not in ACT2FN:
-            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu", "relu"]
-            raise ValueError(f"hidden_act = {self.hidden_act!r} is not an activation; try {', '.join(near)}.")
+        self.check_activation("hidden_act")
 
     def check_positive(self, *names: str) -> None:
         """Raises `ValueError` for a field below 1."""
@@ -125,6 +121,15 @@ class EffConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} = {value}: a probability lies between 0 and 1.")
+
+    def check_activation(self, name: str) -> None:
+        """Raises `ValueError` for a field that names no activation."""
+        from transformers.activations import ACT2FN  # loads a good part of transformers: not before a config exists
+
+        value = getattr(self, name)
+        if value not in ACT2FN:
+            near = difflib.get_close_matches(value, ACT2FN, n=3) or ["gelu", "relu"]
+            raise ValueError(f"{name} = {value!r} is not an activation; try {', '.join(near)}.")
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         names = {field.name for field in fields(self)}
