@@ -13,7 +13,7 @@ from .auto import FAMILIES, public_names, register
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
     from .callbacks import RedrawProjections, RedrawRotations
-    from .data import DataCollatorWithGlobalAttention
+    from .data import DataCollatorWithGlobalAttention, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
         EffBigBirdForMaskedLM,
@@ -101,6 +101,7 @@ _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
     "DataCollatorWithGlobalAttention": ".data",
+    "DataCollatorWithPatchMask": ".data",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",

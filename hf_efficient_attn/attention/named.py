@@ -9,6 +9,7 @@ from .big_bird import BigBirdSelfAttention
 from .local import LocalSelfAttention
 from .longformer import LongformerSelfAttention
 from .lsh import LSHSelfAttention
+from .neighborhood import NeighborhoodSelfAttention
 from .nystromformer import NystromformerSelfAttention
 from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
@@ -19,6 +20,7 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
     "local": LocalSelfAttention,
     "longformer": LongformerSelfAttention,
     "lsh": LSHSelfAttention,
+    "neighborhood": NeighborhoodSelfAttention,
     "nystromformer": NystromformerSelfAttention,
     "performer": PerformerSelfAttention,
     "softmax": SoftmaxSelfAttention,

@@ -175,5 +175,3 @@ class EffVisionModel(RecordingModel):
                 "...ForMaskedImageModeling, or use_mask_token=True."
             )
         return as_bool_mask("bool_masked_pos", bool_masked_pos.flatten(1), batch, grid[0] * grid[1])
-
-
