@@ -1,4 +1,4 @@
-"""EffViT against transformers' ViT: equal weights, equal results, both spellings of names; every mechanism in its place."""
+"""EffViT against transformers' ViT: equal weights, equal results, both spellings of names; every mechanism."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ HEADS = {
     "AutoModelForMaskedImageModeling": ("ViTForMaskedImageModeling", ("reconstruction",)),
 }
 EVERY_HEAD = pytest.mark.parametrize("auto", HEADS)
-# A square, because transformers' head for masked images reads no other; the sizes of the tests' other images are uneven.
+# A square, because transformers' head for masked images reads no other.
 OPTIONS = {name: TINY[name] for name in TINY if name not in ("vocab_size", "max_position_embeddings")}
 OPTIONS |= {**TINY_IMAGES, "image_size": 16}
 
@@ -252,7 +252,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mechanism_by_name(name: str, backend: str, tmp_path: Path) -> None:
-    """Options arrive, survive a folder, backends are equal, weights come where there are some, every parameter learns."""
+    """Options arrive, survive a folder, backends are equal, weights come where asked, every parameter learns."""
     auto = "AutoModelForImageClassification"
     config = tiny_config(FAMILY, attention=name, attention_options=MECHANISMS[name], num_register_tokens=1)
     config._attn_implementation = backend

@@ -107,7 +107,7 @@ class VisionEmbeddings(nn.Module):
             init.zeros_(self.mask_token)
 
     def whole_patches(self, pixel_values: Tensor) -> Tensor:
-        """`[batch, channels, height, width]` with zeros at the right and bottom, up to whole patches.
+        """`[batch, channels, height, width]` with zeros at the right and bottom, so that every pixel is in a patch.
 
         Raises:
             ValueError: another shape or number of channels; an uneven size that is to be refused.
@@ -132,13 +132,21 @@ class VisionEmbeddings(nn.Module):
                     "config.uneven_size = 'pad' before the model is built."
                 )
             return pixel_values
-        # While compiling a size is no number to look at.
-        if torch.compiler.is_compiling() or any(missing):
-            return F.pad(pixel_values, (0, missing[1], 0, missing[0]))
-        return pixel_values
+        if torch.compiler.is_compiling():
+            # A size is no number to look at then: room for one more patch, which takes zeros if any.
+            missing = [step - 1 for step in self.patch_shape]
+        return F.pad(pixel_values, (0, missing[1], 0, missing[0])) if any(missing) else pixel_values
+
+    def own_pixels(self, pixel_values: Tensor, grid: tuple[int, int], patch_mask: Tensor) -> Tensor:
+        """`pixel_values` with 0 outside the patches `patch_mask`: not even inf or NaN there may reach a gradient."""
+        pixels = patch_mask
+        for dim, (size, step, count) in enumerate(zip(pixel_values.shape[2:], self.patch_shape, grid, strict=True), 1):
+            patch = (torch.arange(size, device=patch_mask.device) // step).clamp(max=count - 1)
+            pixels = pixels.index_select(dim, patch)
+        return pixel_values.masked_fill(~pixels[:, None], 0.0)
 
     def positions(self, grid: tuple[int, int], patch_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The class token's position `[1, 1, hidden]` or None, and those of patches `[batch or 1, patches, hidden]`."""
+        """Of the class token, `[1, 1, hidden]` or None, and of patches, `[batch or 1, patches, hidden]`."""
         first = 0 if self.cls_token is None else 1
         of_class = self.position_embeddings[:, :first] if first else None
         table = self.position_embeddings[:, first:]
@@ -159,10 +167,7 @@ class VisionEmbeddings(nn.Module):
         """
         batch = pixel_values.shape[0]
         if patch_mask is not None:
-            rows = patch_mask.repeat_interleave(self.patch_shape[0], dim=1)
-            # Not even inf or NaN there may reach a gradient.
-            pixels = rows.repeat_interleave(self.patch_shape[1], dim=2)
-            pixel_values = pixel_values.masked_fill(~pixels[:, None], 0.0)
+            pixel_values = self.own_pixels(pixel_values, grid, patch_mask)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
         if bool_masked_pos is not None:
             patches = torch.where(bool_masked_pos[:, :, None], self.mask_token.to(patches.dtype), patches)

@@ -82,7 +82,8 @@ class EffVisionModel(RecordingModel):
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of `[batch, channels, height, width]`, parts of a patch counted as one."""
         shape = self.embeddings.patch_shape
-        return tuple((size + step - 1) // step for size, step in zip(pixel_values.shape[2:], shape, strict=True))
+        # As convolutions count, so that a compiler knows both for the same.
+        return tuple((size - 1) // step + 1 for size, step in zip(pixel_values.shape[2:], shape, strict=True))
 
     def bool_patch_mask(self, patch_mask: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor | None:
         """`patch_mask` `[batch, rows, columns]` or `[batch, patches]` as bool `[batch, rows, columns]`.
@@ -151,12 +152,12 @@ class EffVisionModel(RecordingModel):
         self.check_wanted_weights(kwargs)
         if pixel_values is None:
             raise ValueError(f"{type(self).__name__} needs pixel_values [batch, channels, height, width].")
-        pixel_values = self.embeddings.whole_patches(pixel_values)
+        patches = self.embeddings.whole_patches(pixel_values)
         batch, grid = pixel_values.shape[0], self.grid_of(pixel_values)
         mask = self.bool_patch_mask(patch_mask, batch, grid)
         if bool_masked_pos is not None:
             bool_masked_pos = self._masked_patches(bool_masked_pos, batch, grid)
-        hidden_states = self.embeddings(pixel_values, grid, mask, bool_masked_pos)
+        hidden_states = self.embeddings(patches, grid, mask, bool_masked_pos)
         key_padding_mask = None
         if mask is not None:
             in_front = mask.new_ones(batch, self.config.num_prefix_tokens)

@@ -137,8 +137,16 @@ class Backbone(BackboneMixin, VisionTaskModel):
     Holds the base model under its published name and nothing else, so that folders of every head load into it.
     """
 
-    def _add_head(self, config: EffVisionConfig) -> None:
+    def __init__(self, config: EffVisionConfig) -> None:
+        super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    def _add_head(self, config: EffVisionConfig) -> None:
+        """There is none."""
+
+    def post_init(self) -> None:
+        """As in other classes: the base model records its layers already, and would do so twice."""
+        super(BackboneMixin, self).post_init()
 
     @property
     def out_indices(self) -> list[int]:

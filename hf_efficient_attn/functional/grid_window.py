@@ -121,7 +121,7 @@ def _gathered(
         own.append((start + torch.arange(step, device=device)).clamp(max=size - 1))
         near.append(start + torch.arange(-radius, step + radius, device=device))
     usable = [(x >= 0) & (x < size) for x, size in zip(near, shape.grid, strict=True)]
-    near = [x.clamp(min=0).minimum(torch.as_tensor(size - 1)) for x, size in zip(near, shape.grid, strict=True)]
+    near = [x.clamp(0, size - 1) for x, size in zip(near, shape.grid, strict=True)]
     query_row = _flat(own[0] * shape.grid[1], own[1], torch.add) + first
     key_row = _flat(near[0] * shape.grid[1], near[1], torch.add) + first
     seen = _flat(usable[0], usable[1], torch.logical_and)

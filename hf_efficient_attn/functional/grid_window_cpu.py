@@ -46,8 +46,8 @@ class _Options(NamedTuple):
 class _Tiles:
     """The tiles of one grid, turned so that it has no more columns than rows: work goes by rows of tiles.
 
-    "Planes" below are the tokens of some heads on their grid, filled up to whole tiles, and with zeros around them where
-    tiles look beyond the edge.
+    "Planes" below are the tokens of some heads on their grid, filled up to whole tiles, and with zeros around them
+    where tiles look beyond the edge.
     """
 
     def __init__(self, shape: Neighborhood, dtype: torch.dtype) -> None:
