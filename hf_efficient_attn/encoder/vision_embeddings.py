@@ -115,8 +115,8 @@ class VisionEmbeddings(nn.Module):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values must be [batch, {self.num_channels}, height, width], got shape "
-                f"{list(pixel_values.shape)}; num_channels = {self.num_channels} in the config, and images of different "
-                "size are padded to one (DataCollatorWithPatchMask)."
+                f"{list(pixel_values.shape)}; num_channels = {self.num_channels} in the config, and images of "
+                "different size are padded to one (DataCollatorWithPatchMask)."
             )
         if not torch.compiler.is_compiling() and 0 in pixel_values.shape:
             raise ValueError(f"the input is empty, pixel_values have shape {list(pixel_values.shape)}.")
