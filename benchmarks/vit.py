@@ -74,7 +74,7 @@ def work(kind: str, layers: int, width: int, threads: int | None, pipe: Any) -> 
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
         before, peak, done = process.memory_info().rss, 0, threading.Event()
 
-        def watch() -> None:
+        def watch(done: threading.Event = done) -> None:
             nonlocal peak
             while not done.wait(0.002):
                 peak = max(peak, process.memory_info().rss)
