@@ -44,13 +44,13 @@ from hf_efficient_attn import (
 from hf_efficient_attn.bench import environment_line, require_extras, run_script
 from hf_efficient_attn.demo import (
     accuracy,
+    bag_of_tokens_accuracy,
     english_corpus,
     pack_texts,
     stdlib_corpus,
     tokenize_texts,
     train_wordpieces,
 )
-from hf_efficient_attn.demo.baselines import bag_of_tokens_accuracy
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)

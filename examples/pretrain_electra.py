@@ -56,7 +56,9 @@ def read_arguments() -> argparse.Namespace:
     data.add_argument("--whole-word", action="store_true", help="mask whole words")
     model = parser.add_argument_group("model")
     model.add_argument("--size", choices=["tiny", *ELECTRA_SIZES], default="tiny")
-    model.add_argument("--family", choices=list(FAMILIES), default="eff_electra")
+    model.add_argument(
+        "--family", choices=[name for name, row in FAMILIES.items() if row.detector], default="eff_electra"
+    )
     model.add_argument("--objective", choices=["electra", "electra_15", "replace_mlm", "all_tokens_mlm"])
     model.add_argument("--sharing", choices=["embeddings", "all", "none"])
     training = parser.add_argument_group("training; defaults are those of --size")

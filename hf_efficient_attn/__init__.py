@@ -13,7 +13,7 @@ from .auto import FAMILIES, public_names, register
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
     from .callbacks import RedrawProjections, RedrawRotations
-    from .data import DataCollatorWithGlobalAttention
+    from .data import DataCollatorWithGlobalAttention, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
         EffBigBirdForMaskedLM,
@@ -84,6 +84,14 @@ if TYPE_CHECKING:
         EffReformerModel,
         EffReformerPreTrainedModel,
     )
+    from .models.eff_vit.configuration_eff_vit import EffViTConfig
+    from .models.eff_vit.modeling_eff_vit import (
+        EffViTBackbone,
+        EffViTForImageClassification,
+        EffViTForMaskedImageModeling,
+        EffViTModel,
+        EffViTPreTrainedModel,
+    )
     from .optimization import layerwise_parameter_groups
     from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
     from .pretraining.masking import DataCollatorForReplacedTokenDetection
@@ -100,6 +108,7 @@ _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
     "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
+    "DataCollatorWithPatchMask": ".data",
     "ELECTRA_SIZES": ".pretraining.sizes",
     "ElectraTrainer": ".pretraining.trainer",
     "QuestionAnswerer": ".question_answering",

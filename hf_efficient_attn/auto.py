@@ -20,15 +20,17 @@ class Family:
         name: class prefix; `Eff<name>Config` and `Eff<name>Model` stand in `models/<folder>`.
         folder: folder in `models/`, also the model type.
         heads: Auto class -> suffix of the model class.
-        tokenizer: name of transformers' tokenizer class to use where a folder names none.
-        detector: suffix of the class that detects replaced tokens (ELECTRA), for which there is no Auto class.
+        tokenizer: text: name of transformers' tokenizer class to use where a folder names none.
+        detector: text: suffix of the class that detects replaced tokens (ELECTRA), for which there is no Auto class.
+        image_processor: vision: name of transformers' image processor to use where a folder names none.
     """
 
     name: str
     folder: str
     heads: dict[str, str]
-    tokenizer: str
-    detector: str = "ForReplacedTokenDetection"
+    tokenizer: str | None = None
+    detector: str | None = "ForReplacedTokenDetection"
+    image_processor: str | None = None
 
     @property
     def config_name(self) -> str:
@@ -41,9 +43,9 @@ class Family:
         return {auto: f"Eff{self.name}{suffix}" for auto, suffix in self.heads.items()}
 
     @property
-    def detector_name(self) -> str:
-        """Name of the class that detects replaced tokens."""
-        return f"Eff{self.name}{self.detector}"
+    def detector_name(self) -> str | None:
+        """Name of the class that detects replaced tokens, in text families."""
+        return None if self.detector is None else f"Eff{self.name}{self.detector}"
 
     def module(self, kind: str) -> ModuleType:
         """The `configuration` or `modeling` module."""
@@ -63,6 +65,14 @@ ENCODER_HEADS = {
 
 CAUSAL_HEADS = {"AutoModelForCausalLM": "ForCausalLM"}
 
+VISION_HEADS = {
+    "AutoModel": "Model",
+    "AutoModelForPreTraining": "ForMaskedImageModeling",
+    "AutoModelForImageClassification": "ForImageClassification",
+    "AutoModelForMaskedImageModeling": "ForMaskedImageModeling",
+    "AutoBackbone": "Backbone",
+}
+
 FAMILIES: dict[str, Family] = {
     "eff_big_bird": Family(
         "BigBird", "eff_big_bird", ENCODER_HEADS | {"AutoModelForPreTraining": "ForPreTraining"}, "BigBirdTokenizer"
@@ -78,7 +88,11 @@ FAMILIES: dict[str, Family] = {
     "eff_nystromformer": Family("Nystromformer", "eff_nystromformer", ENCODER_HEADS, "TokenizersBackend"),
     "eff_performer": Family("Performer", "eff_performer", ENCODER_HEADS | CAUSAL_HEADS, "BertTokenizer"),
     "eff_reformer": Family("Reformer", "eff_reformer", ENCODER_HEADS | CAUSAL_HEADS, "ReformerTokenizer"),
+    "eff_vit": Family("ViT", "eff_vit", VISION_HEADS, detector=None, image_processor="ViTImageProcessor"),
 }
+
+TEXT_FAMILIES = {name: family for name, family in FAMILIES.items() if family.image_processor is None}
+VISION_FAMILIES = {name: family for name, family in FAMILIES.items() if family.image_processor is not None}
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Composite:
     config_name: str
     model_names: dict[str, str]
     tokenizer: None = None
+    image_processor: None = None
 
     def module(self, kind: str) -> ModuleType:
         """The `configuration` or `modeling` module."""
@@ -118,7 +133,8 @@ def public_names() -> dict[str, tuple[Family | Composite, str]]:
     for family in FAMILIES.values():
         names[family.config_name] = (family, "configuration")
         for name in (f"Eff{family.name}PreTrainedModel", family.detector_name, *family.model_names.values()):
-            names[name] = (family, "modeling")
+            if name is not None:
+                names[name] = (family, "modeling")
     for row in COMPOSITES.values():
         names[row.config_name] = (row, "configuration")
         names |= {name: (row, "modeling") for name in row.model_names.values()}
@@ -142,7 +158,7 @@ def register() -> None:
 
 def register_configs() -> None:
     """Register the config classes, and have the models registered before the first config exists."""
-    from .encoder.configuration import EffEncoderConfig
+    from .encoder.configuration import EffConfig
 
     table = sys.modules[_CONFIG_TABLE]
     for family in _rows():
@@ -155,15 +171,15 @@ def register_configs() -> None:
                 f"model type {family.folder!r} is already registered by {known.__module__}.{known.__name__}; "
                 "remove that registration before importing hf_efficient_attn."
             )
-    if not _registered and register_models not in EffEncoderConfig.before_first_use:
-        EffEncoderConfig.before_first_use.append(register_models)
+    if not _registered and register_models not in EffConfig.before_first_use:
+        EffConfig.before_first_use.append(register_models)
 
 
 _registered: list[str] = []
 
 
 def register_models() -> None:
-    """Register the model classes and default tokenizers. Idempotent."""
+    """Register the model classes, default tokenizers and image processors. Idempotent."""
     import transformers
 
     for family in _rows():
@@ -174,7 +190,26 @@ def register_models() -> None:
         if family.tokenizer is not None:
             tokenizer_class = getattr(transformers, family.tokenizer)
             transformers.AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+        if family.image_processor is not None:
+            _register_image_processor(config_class, family.image_processor)
     _registered[:] = list(FAMILIES)
+
+
+def _register_image_processor(config_class: type, name: str) -> None:
+    """The PIL form of the processor `name`, and where torchvision is installed that one too."""
+    import transformers
+    from transformers.utils import is_torchvision_available, is_vision_available
+
+    if not is_vision_available():
+        return
+    try:
+        register_for = transformers.AutoImageProcessor.register
+    except ImportError:  # older versions of transformers have no such class without torchvision
+        return
+    classes = {"pil": getattr(transformers, f"{name}Pil")}
+    if is_torchvision_available():
+        classes["torchvision"] = getattr(transformers, name)
+    register_for(config_class, image_processor_classes=classes, exist_ok=True)
 
 
 class _AfterImport(MetaPathFinder):

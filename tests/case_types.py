@@ -24,6 +24,8 @@ class Variant:
         is_global: `(batch, length)` -> bool `[batch, length]` or None.
         causal: it is the causal form.
         quadratic: its work grows with the square of the length by definition.
+        grid: length -> `grid` and `num_global`, where tokens stand in rows and columns: to leave some out makes another
+            grid, so laws that do so do not apply.
         rounding: how many times larger rounding errors may be than elsewhere, on the laws' random numbers: a converged
             inverse of an ill-conditioned matrix multiplies them, which no way of computing it avoids.
     """
@@ -33,6 +35,7 @@ class Variant:
     is_global: Callable[[int, int], Tensor | None] = no_tokens
     causal: bool = False
     quadratic: bool = False
+    grid: Callable[[int], dict[str, Any]] | None = None
     rounding: float = 1.0
 
 

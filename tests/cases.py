@@ -6,6 +6,7 @@ from typing import Any
 import oracles
 import torch
 from case_types import HEAD_DIM, HEADS, Case, Variant, no_tokens
+from grid_cases import GRID_CASES
 from reformer_cases import REFORMER_CASES
 from torch import Tensor
 
@@ -233,6 +234,7 @@ CASES = [
         },
         softmax_options=None,  # an estimate of it, with any number of features
     ),
+    *GRID_CASES,
     *REFORMER_CASES,
 ]
 

@@ -9,14 +9,15 @@ from torch import Tensor
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_efficient_attn import FAMILIES, EffElectraForJointPreTraining, EffElectraJointConfig
+from hf_efficient_attn import EffElectraForJointPreTraining, EffElectraJointConfig
+from hf_efficient_attn.auto import TEXT_FAMILIES
 
 
 MASK_ID = 4
 LENGTHS = [29, 40, 17]
 
 # Reformer's widths of its position tables have to add up to the generator's width: no generator can be derived.
-OWN = [name for name in FAMILIES if name != "eff_reformer"]
+OWN = [name for name in TEXT_FAMILIES if name != "eff_reformer"]
 DISTIL = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 128}
 THEIRS = {
     "bert": lambda: BertConfig(**TINY),

@@ -28,6 +28,9 @@ TINY = {
     "attention_probs_dropout_prob": 0.0,
 }
 
+# What vision families have in place of a vocabulary: a grid that is no square.
+TINY_IMAGES = {"image_size": [16, 12], "patch_size": 4, "encoder_stride": 4, "num_channels": 3}
+
 # Options of mechanisms, for the families that have them: inputs of some tens of tokens should not fit into one window.
 TINY_OPTIONS = {
     "attention_window": [8, 4],
@@ -67,8 +70,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of `family` for hidden size 32, 2 layers, 4 heads; `overrides` win."""
     cls = config_class(family)
     known = {field.name for field in fields(cls)}
-    options = {name: value for name, value in TINY_OPTIONS.items() if name in known}
-    return cls(**{**TINY, **options, **overrides})
+    options = {**TINY, **TINY_IMAGES, **TINY_OPTIONS}
+    return cls(**{**{name: value for name, value in options.items() if name in known}, **overrides})
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -102,6 +105,11 @@ def randomise_(model: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
 def random_ids(batch: int, length: int, *, vocab_size: int = 64, seed: int = 0, lowest: int = 5) -> Tensor:
     """`[batch, length]` ids from `lowest` on, so that none is a special token."""
     return torch.randint(lowest, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_images(batch: int, height: int = 16, width: int = 12, *, seed: int = 0) -> Tensor:
+    """`[batch, 3, height, width]` pixels."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def mask_of(lengths: list[int], length: int, side: str = "right") -> Tensor:

@@ -10,16 +10,28 @@ import pytest
 import torch
 import transformers
 from frame_family import BERT, FrameConfig, build
-from helpers import TINY, config_class, model_class, no_warnings, random_ids, randomise_, tiny_config, tiny_tokenizer
+from helpers import (
+    TINY,
+    config_class,
+    model_class,
+    no_warnings,
+    random_ids,
+    random_images,
+    randomise_,
+    tiny_config,
+    tiny_tokenizer,
+)
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import tensor
 from transformers import DataCollatorForMultipleChoice, DataCollatorWithPadding, default_data_collator
 
 from hf_efficient_attn import FAMILIES, DataCollatorWithGlobalAttention
+from hf_efficient_attn.auto import TEXT_FAMILIES
 
 
 FAMILY = "eff_longformer"
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_TEXT_FAMILY = pytest.mark.parametrize("family", TEXT_FAMILIES)
 IDS = random_ids(2, 9)
 ONES = torch.ones_like(IDS)
 CHOICES = torch.stack([IDS, IDS.flip(1), IDS.flip(0)], dim=1)
@@ -164,7 +176,7 @@ REFORMER_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@EVERY_FAMILY
+@EVERY_TEXT_FAMILY
 @pytest.mark.parametrize("name", SHARED_OPTIONS)
 def test_shared_options(name: str, family: str) -> None:
     options, parts = SHARED_OPTIONS[name]
@@ -251,11 +263,12 @@ def test_unknown_backends(backend: str, family: str, tmp_path: Path) -> None:
             call()
     # A choice that got past transformers' checks is refused when it would be used.
     assert model.config._attn_implementation == "sdpa"
-    expected = model(IDS).last_hidden_state
+    given = IDS if family in TEXT_FAMILIES else random_images(2)
+    expected = model(given).last_hidden_state
     model.config._attn_implementation_internal = backend
-    refuses(lambda: model(IDS), repr(backend), "eager", "sdpa")
+    refuses(lambda: model(given), repr(backend), "eager", "sdpa")
     model.config._attn_implementation_internal = "sdpa"
-    assert torch.equal(model(IDS).last_hidden_state, expected)
+    assert torch.equal(model(given).last_hidden_state, expected)
 
 
 FORWARD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

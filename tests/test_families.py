@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from hf_efficient_attn import FAMILIES
+from hf_efficient_attn.auto import TEXT_FAMILIES
 
 
-HEADS = [(family, auto) for family, row in FAMILIES.items() for auto in dict.fromkeys(row.heads)]
+HEADS = [(family, auto) for family, row in TEXT_FAMILIES.items() for auto in dict.fromkeys(row.heads)]
 HEADS = [(f, a) for f, a in HEADS if a not in ("AutoModelForPreTraining", "AutoModelForTextEncoding")]
-HEADS += [(family, DETECTOR) for family in FAMILIES]
+HEADS += [(family, DETECTOR) for family in TEXT_FAMILIES]
 HEAD = pytest.mark.parametrize(("family", "auto"), HEADS, ids=[f"{f}-{a}" for f, a in HEADS])
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = pytest.mark.parametrize("family", TEXT_FAMILIES)
 LENGTHS = (1, 7, 63, 64, 100)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import ROWS, Case, paddings, qkv, slots, some_tokens
 from helpers import mask_of, model_class, random_ids, tiny_config
-from test_families import FAMILIES, build
+from test_families import TEXT_FAMILIES, build
 from test_mechanisms import build as build_mechanism
 from test_mechanisms import states_of
 from torch import Tensor
@@ -27,7 +27,7 @@ WINDOW_ROWS = [(case, name) for case, name in FLEX_ROWS if case.name == "longfor
 # Wide windows over whole blocks, up to an edge and one beyond it; the others as they are.
 RADII = (127, 128, 129, 254, 255, 256, 257, 300)
 TABLES = [(case, name, radius) for case, name in WINDOW_ROWS for radius in (RADII if "wide" in name else (None,))]
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = pytest.mark.parametrize("family", TEXT_FAMILIES)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_model_takes_it_by_name(family: str, uncompiled: None) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_generates_the_same(family: str, uncompiled: None) -> None:
-    if "AutoModelForCausalLM" not in FAMILIES[family].heads:
+    if "AutoModelForCausalLM" not in TEXT_FAMILIES[family].heads:
         pytest.skip("no causal form")
     if not model_class(family, "AutoModel")._supports_flex_attn:
         pytest.skip("this family has no flex_attention")

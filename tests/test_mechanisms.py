@@ -33,6 +33,7 @@ def build(case: Case, variant: str, backend: str = "sdpa", dtype: torch.dtype = 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    module.grid_of = case.variants[variant].grid
     return module.to(dtype).eval()
 
 
@@ -41,9 +42,17 @@ def states_of(batch: int, length: int, dtype: torch.dtype = torch.float64) -> Te
     return states.to(dtype).requires_grad_()
 
 
+def context_of(
+    module: SelfAttention, states: Tensor, keep: Tensor | None, is_global: Tensor | None
+) -> dict[str, object]:
+    """What a frame prepares for the mechanism."""
+    if module.grid_of is not None:
+        return module.grid_of(states.shape[1])
+    return {} if is_global is None else {"global_tokens": slots(is_global, keep)}
+
+
 def attend(module: SelfAttention, states: Tensor, keep: Tensor | None, is_global: Tensor | None) -> Tensor:
-    context = {} if is_global is None else {"global_tokens": slots(is_global, keep)}
-    return module(states, keep, **context)[0]
+    return module(states, keep, **context_of(module, states, keep, is_global))[0]
 
 
 def grads(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -95,7 +104,8 @@ def test_padding_and_batch_mates_never_matter(case: Case, variant: str, backend:
         batched = attend(module, states, keep, is_global)
         poisoned = torch.where(keep[:, :, None], states, 1e3 * states.flip(0) + 7)
         torch.testing.assert_close(attend(module, poisoned, keep, is_global), batched, rtol=0, atol=1e-12)
-        for row in range(3):
+        # What is left of a grid is another grid.
+        for row in range(3 if module.grid_of is None else 0):
             own = keep[row]
             alone = attend(
                 module, states[row : row + 1, own], None, None if is_global is None else is_global[row : row + 1, own]
@@ -128,7 +138,7 @@ def test_eager_weights_never_touch_padding_and_are_probabilities(case: Case, var
     keep = paddings(3, 63)["left"]
     is_global = case.variants[variant].is_global(3, 63)
     is_global = None if is_global is None else is_global & keep
-    context = {} if is_global is None else {"global_tokens": slots(is_global, keep)}
+    context = context_of(module, states_of(3, 63), keep, is_global)
     _, weights = module(states_of(3, 63), keep, **context)
     assert weights.shape == (3, HEADS, 63, 63)
     if case.probabilities:

@@ -170,7 +170,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", [name for name, mechanism in ATTENTIONS.items() if "grid" not in mechanism.wants])
 def test_every_mechanism_by_name(name: str, tmp_path: Path) -> None:
     """Options arrive, survive a folder, padding never matters, every parameter learns."""
     config = tiny_config(FAMILY, attention=name, attention_options=OPTIONS[name])
@@ -217,6 +217,7 @@ def test_options_make_a_difference() -> None:
         ({"attention": "longformer", "attention_options": {"attention_window": 3}}, "use 4"),
         ({"attention": "longformer", "attention_options": {"attention_window": [4]}}, "1 entries for 12 layers"),
         ({"attention": "lsh", "attention_options": {"num_hashes": 0}}, "give 1 round or more"),
+        ({"attention": "neighborhood"}, "needs tokens in rows and columns.* choose 'longformer'"),
         ({"summary_type": "mean"}, "summary_type = 'mean': .* choose 'first'"),
         ({"summary_last_dropout": 2.0}, "lies between 0 and 1"),
         ({"is_decoder": True}, "has no causal form"),

@@ -24,12 +24,13 @@ from transformers import (
     pipeline,
 )
 
-from hf_efficient_attn import FAMILIES, DataCollatorWithGlobalAttention
+from hf_efficient_attn import DataCollatorWithGlobalAttention
+from hf_efficient_attn.auto import TEXT_FAMILIES
 
 
 TEXTS = ["the fox", "a quick brown dog jumps over the window of the lazy fox, over and over", "attention of a dog"]
 ENTAILMENT = ["contradiction", "neutral", "entailment"]
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TEXT_FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def make_trainer(family: str, training: Training, output: Path, with_global: boo
 @EVERY_FAMILY
 def test_training(family: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training, with_global = TRAININGS[task], has_global_tokens(family)
-    if training.auto_name not in FAMILIES[family].heads:
+    if training.auto_name not in TEXT_FAMILIES[family].heads:
         pytest.skip("this family has no such head")
     trainer = make_trainer(family, training, tmp_path / "whole", with_global)
     seen: list[Tensor | None] = []

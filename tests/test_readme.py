@@ -16,6 +16,8 @@ from transformers import (
     LongformerForQuestionAnswering,
     NystromformerForMaskedLM,
     ReformerModelWithLMHead,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 
@@ -62,6 +64,10 @@ def published(tmp_path: Path) -> dict[str, Path]:
         )
         randomise_(model(config)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    folders["google/vit-base-patch16-224"] = tmp_path / "ViT"
+    # Published images are of 224 pixels; the patches are larger here, so that there are few.
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, patch_size=56)
+    randomise_(ViTForImageClassification(vit)).save_pretrained(folders["google/vit-base-patch16-224"])
     return folders
 
 

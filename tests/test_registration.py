@@ -29,6 +29,7 @@ from helpers import (
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_efficient_attn import FAMILIES
+from hf_efficient_attn.auto import TEXT_FAMILIES, VISION_FAMILIES
 
 
 # Forks a child for each line of stdin, a script as JSON. What is slow to import is imported once for all of them.
@@ -75,8 +76,11 @@ SLOW = (
 )
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_TEXT_FAMILY = pytest.mark.parametrize("family", TEXT_FAMILIES)
+EVERY_VISION_FAMILY = pytest.mark.parametrize("family", VISION_FAMILIES)
 EVERY_HEAD = pytest.mark.parametrize(
-    ("family", "auto_name"), [(name, auto_name) for name, row in FAMILIES.items() for auto_name in row.heads]
+    ("family", "auto_name"),
+    [(name, auto_name) for name, row in FAMILIES.items() for auto_name in row.heads if auto_name != "AutoBackbone"],
 )
 
 
@@ -249,7 +253,9 @@ def test_every_class_is_public_and_has_a_head_for_each_task(family: str) -> None
     import hf_efficient_attn
 
     row = FAMILIES[family]
-    assert {"AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"} <= row.heads.keys()
+    text = {"AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"}
+    vision = {"AutoModel", "AutoModelForMaskedImageModeling", "AutoModelForImageClassification", "AutoBackbone"}
+    assert (text if family in TEXT_FAMILIES else vision) <= row.heads.keys()
     for name in (row.config_name, *row.model_names.values()):
         assert name in hf_efficient_attn.__all__ and name in dir(hf_efficient_attn)
         assert getattr(hf_efficient_attn, name).__name__ == name
@@ -320,7 +326,7 @@ def test_upstream_types_are_untouched(fresh: Callable[[str], str], tmp_path: Pat
     )
 
 
-@EVERY_FAMILY
+@EVERY_TEXT_FAMILY
 def test_tokenizer(family: str, tmp_path: Path, fresh: Callable[[str], str]) -> None:
     # The default of a family reads its own kind of vocabulary.
     make = {"BertTokenizer": tiny_wordpieces, "BigBirdTokenizer": tiny_unigrams, "ReformerTokenizer": tiny_pieces}
@@ -344,6 +350,31 @@ def test_tokenizer(family: str, tmp_path: Path, fresh: Callable[[str], str]) -> 
     )
     ids = tokenizer("the fox", "a dog")["input_ids"]
     assert printed.splitlines()[-1].split() == [FAMILIES[family].tokenizer, "77", *map(str, ids)]
+
+
+@EVERY_VISION_FAMILY
+@pytest.mark.parametrize("named", [True, False])
+def test_image_processor(family: str, named: bool, tmp_path: Path, fresh: Callable[[str], str]) -> None:
+    """The processor that a folder names, and the family's default where it names none; the PIL form."""
+    try:
+        transformers.AutoImageProcessor.register  # noqa: B018
+    except ImportError:
+        pytest.skip("this version of transformers has no AutoImageProcessor without torchvision")
+    processor = transformers.ViTImageProcessorPil(size={"height": 12, "width": 20})
+    processor.save_pretrained(tmp_path)
+    tiny_config(family).save_pretrained(tmp_path)
+    if not named:
+        file = tmp_path / "preprocessor_config.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved.pop("image_processor_type")
+        file.write_text(json.dumps(saved), encoding="utf-8")
+    printed = fresh(
+        "import hf_efficient_attn, numpy\nfrom transformers import AutoImageProcessor\n"
+        f"processor = AutoImageProcessor.from_pretrained({str(tmp_path)!r}, backend='pil')\n"
+        "image = numpy.zeros((30, 40, 3), dtype='uint8')\n"
+        "print(type(processor).__name__, *processor(image, return_tensors='pt').pixel_values.shape)\n"
+    )
+    assert printed.splitlines()[-1].split() == [f"{FAMILIES[family].image_processor}Pil", "1", "3", "12", "20"]
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {

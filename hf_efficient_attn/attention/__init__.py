@@ -6,6 +6,7 @@ from .local import LocalSelfAttention
 from .longformer import LongformerSelfAttention
 from .lsh import LSHSelfAttention
 from .named import ATTENTIONS
+from .neighborhood import NeighborhoodSelfAttention
 from .nystromformer import NystromformerSelfAttention
 from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
@@ -17,6 +18,7 @@ __all__ = [
     "LSHSelfAttention",
     "LocalSelfAttention",
     "LongformerSelfAttention",
+    "NeighborhoodSelfAttention",
     "NystromformerSelfAttention",
     "PerformerSelfAttention",
     "SelfAttention",

@@ -35,6 +35,9 @@ class SelfAttention(nn.Module):
     has_causal_form: ClassVar[bool] = False
     """Whether `is_decoder` gives a form in which no token attends a later one."""
 
+    wants: ClassVar[tuple[str, ...]] = ()
+    """What `attend` can use of a frame besides the states, by the name of the argument: `"global_tokens"`, `"grid"`."""
+
     projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")
     """The linear maps of the states that are split into heads."""
 

@@ -94,6 +94,7 @@ class LongformerSelfAttention(SelfAttention):
     options_class = LongformerOptions
     backends = ("eager", "sdpa", "flex_attention")
     has_causal_form = True
+    wants = ("global_tokens",)
 
     def __init__(self, config: Any, layer_idx: int, options: LongformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)

@@ -2,13 +2,14 @@
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import SelfAttention
 from .big_bird import BigBirdSelfAttention
 from .local import LocalSelfAttention
 from .longformer import LongformerSelfAttention
 from .lsh import LSHSelfAttention
+from .neighborhood import NeighborhoodSelfAttention
 from .nystromformer import NystromformerSelfAttention
 from .performer import PerformerSelfAttention
 from .softmax import SoftmaxSelfAttention
@@ -19,6 +20,7 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
     "local": LocalSelfAttention,
     "longformer": LongformerSelfAttention,
     "lsh": LSHSelfAttention,
+    "neighborhood": NeighborhoodSelfAttention,
     "nystromformer": NystromformerSelfAttention,
     "performer": PerformerSelfAttention,
     "softmax": SoftmaxSelfAttention,
@@ -35,12 +37,21 @@ class NamedAttentionOptions:
         attention_options: options of that mechanism by name, its defaults where absent.
     """
 
+    has_grid: ClassVar[bool] = False
+    """Whether the tokens stand in rows and columns, as patches of an image do."""
+
     attention: str = "softmax"
     attention_options: dict[str, Any] | None = None
 
     def check_attention(self) -> None:
         """Raises `ValueError` for a name or an option that there is not, or one that breaks its mechanism's rule."""
-        attention_class_of(self).check(attention_options_of(self), self)
+        mechanism = attention_class_of(self)
+        if "grid" in mechanism.wants and not self.has_grid:
+            raise ValueError(
+                f"attention = {self.attention!r} needs tokens in rows and columns, and a text has none; choose "
+                "'longformer' for a window over a text, or an image model (EffViTConfig)."
+            )
+        mechanism.check(attention_options_of(self), self)
 
 
 def attention_class_of(config: Any) -> type[SelfAttention]:

@@ -2,7 +2,7 @@
 
 from .derivatives import first_derivatives
 from .feed_forward import feed_forward
-from .modules import TOKENS_AT_ONCE, in_reach, in_reach_of_training, is_plain
+from .modules import TOKENS_AT_ONCE, in_reach, in_reach_of_training, is_plain, without_autocast
 from .projections import linear_maps
 from .residual import dropout, dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
@@ -22,4 +22,5 @@ __all__ = [
     "in_reach_of_training",
     "is_plain",
     "linear_maps",
+    "without_autocast",
 ]

@@ -1,5 +1,7 @@
 """Whether a kernel of a CPU may do the work of torch's own operations and modules."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -24,3 +26,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # Some libraries set a `forward` on the module, such as one that fetches weights first.
     return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Products inside keep the dtype of their factors; devices that have no autocast (meta) need nothing."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -4,6 +4,7 @@ Its parts are for use elsewhere too: `stdlib_corpus` and `english_corpus` need n
 `Corpus`, `pack_texts` makes blocks to pretrain on.
 """
 
+from .baselines import bag_of_tokens_accuracy
 from .corpus import Corpus, SourceFile, cap_per_label, cut_documents, read_packages, split_by_file, stdlib_corpus
 from .english import EnglishCorpus, english_corpus
 from .run import QUICK, DemoReport, DemoSettings, run_demo
@@ -21,6 +22,7 @@ __all__ = [
     "SourceFile",
     "TimeLimit",
     "accuracy",
+    "bag_of_tokens_accuracy",
     "cap_per_label",
     "cut_documents",
     "english_corpus",

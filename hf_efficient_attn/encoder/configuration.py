@@ -1,4 +1,4 @@
-"""Config fields that every encoder family shares, their checks, and loading of an original family's config."""
+"""Config fields that every family shares, their checks, and loading of an original family's config."""
 
 import difflib
 from collections.abc import Callable
@@ -25,35 +25,20 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 
 
 @strict
-class EffEncoderConfig(PreTrainedConfig):
+class EffConfig(PreTrainedConfig):
     r"""
-    Fields shared by every encoder family of this package. A family adds its mechanism's options.
+    Fields of the layers that every model of this package has, their checks, and loading of an original's config.
 
     Args:
-        vocab_size: number of tokens.
         hidden_size: width of the encoder; a multiple of `num_attention_heads`.
-        embedding_size: width of the embeddings, projected to `hidden_size` where it differs; None is `hidden_size`.
         num_hidden_layers: number of layers.
         num_attention_heads: number of heads.
         intermediate_size: width of the feed-forward layer.
         hidden_act: its activation.
         hidden_dropout_prob: dropout of embeddings and layer outputs.
         attention_probs_dropout_prob: dropout of attention probabilities.
-        classifier_dropout: dropout in the task heads; None is `hidden_dropout_prob`.
-        max_position_embeddings: rows of the position table, reserved ones included.
-        position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With
-            an offset, pad ids stand for the attention mask where none is given.
-        type_vocab_size: number of token types, 0 for no table.
-        rescale_embeddings: multiply word embeddings by the root of their width.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of the layer norms.
-        norm_position: `"post"` as in BERT, or `"pre"` with a final norm.
-        pad_token_id, bos_token_id, eos_token_id, sep_token_id: ids of special tokens.
-        tie_word_embeddings: share the input embeddings with the masked-LM head.
-        is_decoder: no token attends a later one; for the base model and causal language modelling, in families that
-            have a causal form.
-        use_cache: in the causal form, return keys and values for the next call, except in training mode.
-        add_cross_attention: must be False, there is none.
 
     Raises:
         ValueError: a value that breaks a rule above, or an argument that is no option (with the nearest name).
@@ -65,40 +50,18 @@ class EffEncoderConfig(PreTrainedConfig):
     original_fields_without_meaning: ClassVar[tuple[str, ...]] = ()
     """Fields of those configs that say nothing about the model."""
 
-    has_causal_form: ClassVar[bool] = False
-    """Whether `is_decoder` may be True."""
-
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    """Outputs that Trainer does not gather in evaluation."""
-
     before_first_use: ClassVar[list[Callable[[], None]]] = []
     """Called once, before the first config exists: where the package registers its model classes lazily."""
 
-    vocab_size: int = 30522
     hidden_size: int = 768
-    embedding_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
-    classifier_dropout: float | int | None = None
-    max_position_embeddings: int = 512
-    position_offset: int | None = 0
-    type_vocab_size: int = 2
-    rescale_embeddings: bool = False
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    norm_position: str = "post"
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    sep_token_id: int | None = None
-    tie_word_embeddings: bool = True
-    is_decoder: bool = False
-    use_cache: bool = True
-    add_cross_attention: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.prepare_first_use()
@@ -113,11 +76,11 @@ class EffEncoderConfig(PreTrainedConfig):
     @staticmethod
     def prepare_first_use() -> None:
         """Does what `before_first_use` holds."""
-        while EffEncoderConfig.before_first_use:
-            EffEncoderConfig.before_first_use.pop()()
+        while EffConfig.before_first_use:
+            EffConfig.before_first_use.pop()()
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffEncoderConfig":
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffConfig":
         """As in transformers. Names that are no fields are kept as attributes: files may come from other versions."""
         return super().from_dict({**config_dict, "_loaded_from_dict": True}, **kwargs)
 
@@ -133,6 +96,105 @@ class EffEncoderConfig(PreTrainedConfig):
     def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """The values of a config of `original_model_types` in this config's conventions, where those differ."""
         return config_dict
+
+    def check(self) -> None:
+        """Raises `ValueError` for a value that breaks a rule; also called when a model is built from this config."""
+        own_width = getattr(self, "attention_head_size", None) is not None
+        if self.num_attention_heads < 1 or (self.hidden_size % self.num_attention_heads != 0 and not own_width):
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
+                f"{self.num_attention_heads}; choose a multiple of the head count."
+            )
+        self.check_positive("hidden_size", "num_hidden_layers", "intermediate_size")
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by "
+                "the labels."
+            )
+        self.check_probabilities("hidden_dropout_prob", "attention_probs_dropout_prob")
+        self.check_activation("hidden_act")
+
+    def check_positive(self, *names: str) -> None:
+        """Raises `ValueError` for a field below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 1 or more.")
+
+    def check_probabilities(self, *names: str) -> None:
+        """Raises `ValueError` for a field that is neither None nor a probability."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} = {value}: a probability lies between 0 and 1.")
+
+    def check_activation(self, name: str) -> None:
+        """Raises `ValueError` for a field that names no activation."""
+        from transformers.activations import ACT2FN  # loads a good part of transformers: not before a config exists
+
+        value = getattr(self, name)
+        if value not in ACT2FN:
+            near = difflib.get_close_matches(value, ACT2FN, n=3) or ["gelu", "relu"]
+            raise ValueError(f"{name} = {value!r} is not an activation; try {', '.join(near)}.")
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        names = {field.name for field in fields(self)}
+        known = _LIBRARY_NAMES | set(self.attribute_map)
+        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
+            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; {hint}")
+
+
+@strict
+class EffEncoderConfig(EffConfig):
+    r"""
+    Fields shared by every text family of this package, besides those of `EffConfig`. A family adds its mechanism's
+    options.
+
+    Args:
+        vocab_size: number of tokens.
+        embedding_size: width of the embeddings, projected to `hidden_size` where it differs; None is `hidden_size`.
+        classifier_dropout: dropout in the task heads; None is `hidden_dropout_prob`.
+        max_position_embeddings: rows of the position table, reserved ones included.
+        position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With
+            an offset, pad ids stand for the attention mask where none is given.
+        type_vocab_size: number of token types, 0 for no table.
+        rescale_embeddings: multiply word embeddings by the root of their width.
+        norm_position: `"post"` as in BERT, or `"pre"` with a final norm.
+        pad_token_id, bos_token_id, eos_token_id, sep_token_id: ids of special tokens.
+        tie_word_embeddings: share the input embeddings with the masked-LM head.
+        is_decoder: no token attends a later one; for the base model and causal language modelling, in families that
+            have a causal form.
+        use_cache: in the causal form, return keys and values for the next call, except in training mode.
+        add_cross_attention: must be False, there is none.
+
+    Raises:
+        ValueError: a value that breaks a rule above, or an argument that is no option (with the nearest name).
+    """
+
+    has_causal_form: ClassVar[bool] = False
+    """Whether `is_decoder` may be True."""
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    """Outputs that Trainer does not gather in evaluation."""
+
+    vocab_size: int = 30522
+    embedding_size: int | None = None
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    position_offset: int | None = 0
+    type_vocab_size: int = 2
+    rescale_embeddings: bool = False
+    norm_position: str = "post"
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    sep_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    is_decoder: bool = False
+    use_cache: bool = True
+    add_cross_attention: bool = False
 
     @property
     def first_position(self) -> int:
@@ -157,35 +219,15 @@ class EffEncoderConfig(PreTrainedConfig):
         return float(self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout)
 
     def check(self) -> None:
-        """Raises `ValueError` for a value that breaks a rule; also called when a model is built from this config."""
-        own_width = getattr(self, "attention_head_size", None) is not None
-        if self.num_attention_heads < 1 or (self.hidden_size % self.num_attention_heads != 0 and not own_width):
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
-                f"{self.num_attention_heads}; choose a multiple of the head count."
-            )
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be 1 or more.")
+        """See `EffConfig.check`."""
+        super().check()
+        self.check_positive("vocab_size", "max_position_embeddings")
         for name in ("type_vocab_size", "position_offset"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more.")
         if self.embedding_size is not None and self.embedding_size < 1:
             raise ValueError(f"embedding_size = {self.embedding_size}: it must be 1 or more, or None (hidden_size).")
-        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
-            raise ValueError(
-                f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by "
-                "the labels."
-            )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} = {value}: a probability lies between 0 and 1.")
-        from transformers.activations import ACT2FN  # loads a good part of transformers: not before a config exists
-
-        if self.hidden_act not in ACT2FN:
-            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu", "relu"]
-            raise ValueError(f"hidden_act = {self.hidden_act!r} is not an activation; try {', '.join(near)}.")
+        self.check_probabilities("classifier_dropout")
         if self.norm_position not in ("post", "pre"):
             raise ValueError(f"norm_position = {self.norm_position!r}: choose 'post' (BERT) or 'pre'.")
         if self.max_input_length < 1:
@@ -202,12 +244,3 @@ class EffEncoderConfig(PreTrainedConfig):
             raise ValueError(f"is_decoder = True: {self.model_type} has no causal form; leave it False.")
         if self.add_cross_attention:
             raise ValueError(f"add_cross_attention = True: {self.model_type} has no cross-attention; leave it False.")
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        names = {field.name for field in fields(self)}
-        known = _LIBRARY_NAMES | set(self.attribute_map)
-        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
-            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; {hint}")

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_plain
 from .activations import activation
 from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
-from .configuration import EffEncoderConfig
+from .configuration import EffConfig, EffEncoderConfig
 
 
-AttentionFactory = Callable[[EffEncoderConfig, int], nn.Module]
+AttentionFactory = Callable[[EffConfig, int], nn.Module]
 """Builds the attention module of a layer: `(config, layer_idx)`; its forward returns `(states, weights or None)`."""
 
 
@@ -23,19 +23,13 @@ def dropped(module: nn.Module, states: Tensor) -> Tensor:
     return dropout(states, module.p) if module.training and is_plain(module, nn.Dropout) else module(states)
 
 
-class Output(nn.Module):
-    """Dense, dropout, residual and norm, after attention and after the feed-forward layer."""
+class ResidualOutput(nn.Module):
+    """Dense, dropout and residual, after attention and after the feed-forward layer."""
 
-    def __init__(self, config: EffEncoderConfig, in_features: int) -> None:
+    def __init__(self, config: EffConfig, in_features: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
-        self.pre_norm = config.norm_position == "pre"
-
-    def normed_input(self, hidden_states: Tensor) -> Tensor:
-        """What the sublayer reads: the normed states where the norm comes first."""
-        return self.LayerNorm(hidden_states) if self.pre_norm else hidden_states
 
     def forward(self, sublayer: Tensor, residual: Tensor) -> Tensor:
         """`sublayer` `[batch, length, in_features]` back to `[batch, length, hidden]`, added to `residual`."""
@@ -44,16 +38,32 @@ class Output(nn.Module):
     def finish(self, states: Tensor, residual: Tensor) -> Tensor:
         """What comes after the dense layer: `states` and `residual` `[batch, length, hidden]` -> the same shape."""
         if self.dropout.training and is_plain(self.dropout, nn.Dropout):
-            total = dropout_add(states, residual, self.dropout.p)
-        else:
-            total = residual + self.dropout(states)
+            return dropout_add(states, residual, self.dropout.p)
+        return residual + self.dropout(states)
+
+
+class Output(ResidualOutput):
+    """The same with the sublayer's norm, after it or before it."""
+
+    def __init__(self, config: EffEncoderConfig, in_features: int) -> None:
+        super().__init__(config, in_features)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_norm = config.norm_position == "pre"
+
+    def normed_input(self, hidden_states: Tensor) -> Tensor:
+        """What the sublayer reads: the normed states where the norm comes first."""
+        return self.LayerNorm(hidden_states) if self.pre_norm else hidden_states
+
+    def finish(self, states: Tensor, residual: Tensor) -> Tensor:
+        """See `ResidualOutput.finish`."""
+        total = super().finish(states, residual)
         return total if self.pre_norm else self.LayerNorm(total)
 
 
 class Intermediate(nn.Module):
     """First half of the feed-forward layer."""
 
-    def __init__(self, config: EffEncoderConfig) -> None:
+    def __init__(self, config: EffConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
@@ -89,8 +99,53 @@ class AttentionBlock(Recorded):
         return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights
 
 
-class EncoderLayer(Recorded, GradientCheckpointingLayer):
+class FeedForwardLayer(Recorded, GradientCheckpointingLayer):
+    """A layer that ends with a feed-forward part: `intermediate` and `output`, which a subclass adds."""
+
+    output_class: ClassVar[type[ResidualOutput]] = ResidualOutput
+    """What `output` is."""
+
+    def feed_forward_input(self, hidden_states: Tensor) -> Tensor:
+        """What the feed-forward part reads of `[batch, length, hidden]`: the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its feed-forward part reads.")
+
+    def add_feed_forward(self, attended: Tensor, chunk: int = 0, into: Tensor | None = None) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape.
+
+        In chunks of so many tokens, 0 for what is quickest; `into` as in `in_chunks`.
+        """
+        chunk = chunk or inference_chunk(attended, self.intermediate, self.output)
+        return in_chunks(self._feed_forward, chunk, attended, into=into)
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        given = self.feed_forward_input(hidden_states)
+        if not self._computes_again(given):
+            return self.output(self.intermediate(given), hidden_states)
+        first, second = self.intermediate.dense, self.output.dense
+        states = feed_forward(given, first.weight, first.bias, second.weight, second.bias, self.intermediate.activation)
+        return self.output.finish(states, hidden_states)
+
+    def _computes_again(self, states: Tensor) -> bool:
+        """Whether the feed-forward layer may keep less for backward: on a CPU in training, where nobody notices."""
+        first, second, act = self.intermediate.dense, self.output.dense, self.intermediate.activation
+        parts = (
+            (self.intermediate, Intermediate),
+            (self.output, self.output_class),
+            (first, nn.Linear),
+            (second, nn.Linear),
+        )
+        return (
+            in_reach_of_training(states)
+            and all(is_plain(module, kind) for module, kind in (*parts, (act, type(act))))
+            and first.weight.dtype == second.weight.dtype == states.dtype
+            and not any(True for _ in act.parameters())
+        )
+
+
+class EncoderLayer(FeedForwardLayer):
     """Attention, then feed-forward, each with its residual; post-norm as in BERT, or pre-norm."""
+
+    output_class = Output
 
     def __init__(self, config: EffEncoderConfig, layer_idx: int, attention: AttentionFactory) -> None:
         super().__init__()
@@ -103,27 +158,11 @@ class EncoderLayer(Recorded, GradientCheckpointingLayer):
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
         attended, _ = self.attention(hidden_states, key_padding_mask, **context)
         into = attended if can_overwrite(attended, self.attention, hidden_states) else None
-        chunk = self.chunk_size or inference_chunk(attended, self.intermediate, self.output)
-        return in_chunks(self._feed_forward, chunk, attended, into=into)
+        return self.add_feed_forward(attended, self.chunk_size, into)
 
-    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        given = self.output.normed_input(hidden_states)
-        if not self._computes_again(given):
-            return self.output(self.intermediate(given), hidden_states)
-        first, second = self.intermediate.dense, self.output.dense
-        states = feed_forward(given, first.weight, first.bias, second.weight, second.bias, self.intermediate.activation)
-        return self.output.finish(states, hidden_states)
-
-    def _computes_again(self, states: Tensor) -> bool:
-        """Whether the feed-forward layer may keep less for backward: on a CPU in training, where nobody notices."""
-        first, second, act = self.intermediate.dense, self.output.dense, self.intermediate.activation
-        parts = ((self.intermediate, Intermediate), (self.output, Output), (first, nn.Linear), (second, nn.Linear))
-        return (
-            in_reach_of_training(states)
-            and all(is_plain(module, kind) for module, kind in (*parts, (act, type(act))))
-            and first.weight.dtype == second.weight.dtype == states.dtype
-            and not any(True for _ in act.parameters())
-        )
+    def feed_forward_input(self, hidden_states: Tensor) -> Tensor:
+        """See `FeedForwardLayer.feed_forward_input`."""
+        return self.output.normed_input(hidden_states)
 
 
 class Encoder(nn.Module):

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configuration import EffEncoderConfig
+from .configuration import EffConfig
 from .inputs import check_labels, check_one_per_example, check_positions
 
 
-def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffEncoderConfig) -> Tensor:
+def sequence_classification_loss(logits: Tensor, labels: Tensor, config: EffConfig) -> Tensor:
     """Mean loss of `logits` `[batch, num_labels]` for `config.problem_type`, guessed from the labels where it is None.
 
     Labels are `[batch]` integers (single label), `[batch, num_labels]` floats of 0 and 1 (multi-label), or `[batch]`

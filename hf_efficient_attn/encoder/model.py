@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import (
     maybe_install_capturing_hooks,
 )
 
-from .configuration import EffEncoderConfig
+from .configuration import EffConfig, EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
 from .heads import LMBias, PlainLMHead
 from .inputs import as_bool_mask, check_forward_kwargs, check_ids, first_token, input_shape
@@ -26,7 +26,7 @@ from .layer import AttentionBlock, AttentionFactory, Encoder, EncoderLayer, Pool
 class EffPreTrainedModel(PreTrainedModel):
     """Flags, initialisation and checks of every class of this package. A family adds `config_class` and its prefix."""
 
-    config: EffEncoderConfig
+    config: EffConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["Embeddings", "EncoderLayer"]
     _supports_sdpa = True
@@ -34,7 +34,7 @@ class EffPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": AttentionBlock}
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"(lm_head|predictions)\.bias$"]
 
-    def __init__(self, config: EffEncoderConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: EffConfig, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, self.config_class):
             name = self.config_class.__name__
             types = (self.config_class.model_type, *self.config_class.original_model_types)
@@ -55,7 +55,34 @@ class EffPreTrainedModel(PreTrainedModel):
             init.copy_(getattr(module, name), value)
 
 
-class EffEncoderModel:
+class RecordingModel:
+    """A base model whose layers' outputs transformers records; mixed in before its `EffPreTrainedModel`."""
+
+    def finish_init(self) -> None:
+        """To be called once all modules are there."""
+        self.post_init()
+        # Not at the first call that records something: that call may be inside a compiled graph.
+        maybe_install_capturing_hooks(self)
+
+    def check_wanted_weights(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments records attention weights; raises `ValueError` where there are none."""
+        wants_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        if wants_weights and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the "
+                "eager backend has attention weights; load the model with attn_implementation='eager' or call "
+                "model.set_attn_implementation('eager')."
+            )
+        return wants_weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_output_capturing_hooks_installed": False})
+        # Otherwise made by `PreTrainedModel.__init__`, which loading a pickle does not call.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
+        maybe_install_capturing_hooks(self)
+
+
+class EffEncoderModel(RecordingModel):
     """Embeddings, encoder and pooler; mixed into a family's `Eff<Name>Model` before its `EffPreTrainedModel`.
 
     Args:
@@ -85,15 +112,7 @@ class EffEncoderModel:
         self.encoder = self.encoder_class(config, self.attention_class)
         self.pooler = self.pooler_class(config) if add_pooling_layer else None
         self.add_parts(config)
-        self.post_init()
-        # Not at the first call that records something: that call may be inside a compiled graph.
-        maybe_install_capturing_hooks(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_output_capturing_hooks_installed": False})
-        # Otherwise made by `PreTrainedModel.__init__`, which loading a pickle does not call.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
-        maybe_install_capturing_hooks(self)
+        self.finish_init()
 
     def add_parts(self, config: EffEncoderConfig) -> None:
         """Modules that the family has besides; none by default."""
@@ -211,13 +230,7 @@ class EffEncoderModel:
             ValueError: input that is missing, misshapen, too long, or would be ignored.
         """
         check_forward_kwargs(kwargs, type(self).__name__)
-        wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
-        if wants_weights and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions = True with attn_implementation = {self.config._attn_implementation!r}: only the "
-                "eager backend has attention weights; load the model with attn_implementation='eager' or call "
-                "model.set_attn_implementation('eager')."
-            )
+        wants_weights = self.check_wanted_weights(kwargs)
         past_key_values = self._cache(past_key_values, use_cache)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, length = input_shape(input_ids, inputs_embeds, self.config, past_length)
@@ -243,7 +256,7 @@ class EffEncoderModel:
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
-        hidden_states = self.encode(hidden_states, key_padding_mask, context, bool(wants_weights))
+        hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights)
         pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

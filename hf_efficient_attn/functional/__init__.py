@@ -13,6 +13,7 @@ from .dense import dense_attention, softmax_attention
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
+from .grid_window import grid_window_allowed, grid_window_attention
 from .inputs import count_blocks, zero_padding
 from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
 from .nearby_cpu import cpu_add_nearby
@@ -40,6 +41,8 @@ __all__ = [
     "dense_performer_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
+    "grid_window_allowed",
+    "grid_window_attention",
     "hash_buckets",
     "hash_rotations",
     "nystrom_attention",

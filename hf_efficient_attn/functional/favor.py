@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cpu import without_autocast
 from .favor_causal import PerformerState, causal_sums, empty_state
 from .favor_cpu import cpu_performer_attention
 from .favor_features import FeatureMap, finite, make_feature_map, ratio
-from .inputs import check_qkv, without_autocast, zero_padding
+from .inputs import check_qkv, zero_padding
 
 
 def performer_attention(

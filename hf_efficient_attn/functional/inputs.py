@@ -1,7 +1,5 @@
 """Checks and padding steps that every formula shares."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -57,10 +55,3 @@ def count_blocks(length: int, block: int) -> int:
     """
     blocks = (length + block - 1) // block
     return blocks + 1 if torch.compiler.is_compiling() else blocks
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Products inside keep the dtype of their factors; devices that have no autocast (meta) need nothing."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..cpu import without_autocast
 from .counter_random import normal_draws
-from .inputs import without_autocast
 
 
 def powers_of_two(counts: Tensor, chunk_length: int, limit: int, tables: int) -> Tensor:

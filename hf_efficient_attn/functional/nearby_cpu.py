@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu import Scratch
-from .inputs import without_autocast
+from ..cpu import Scratch, without_autocast
 
 
 # Tokens a product: fewer are more calls, more are more zeros in the band.

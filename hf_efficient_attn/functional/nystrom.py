@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cpu import without_autocast
 from .dense import masked_softmax
 from .dropout_cpu import cpu_dropout_attention
-from .inputs import check_qkv, masked_bias, without_autocast, zero_padding
+from .inputs import check_qkv, masked_bias, zero_padding
 
 
 class Landmarks(NamedTuple):

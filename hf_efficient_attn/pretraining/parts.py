@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from ..auto import FAMILIES
+from ..auto import TEXT_FAMILIES
 from ..encoder.activations import activation
 
 
@@ -49,7 +49,7 @@ class BackboneDetector(nn.Module):
 
 def detector_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class with a replaced-token head for this config; None where transformers' encoder has none."""
-    family = FAMILIES.get(config.model_type)
+    family = TEXT_FAMILIES.get(config.model_type)
     if family is not None:
         return getattr(family.module("modeling"), family.detector_name)
     return ElectraForPreTraining if isinstance(config, ElectraConfig) else None

@@ -2,6 +2,7 @@
 
 from .big_bird import big_bird, big_bird_module, random_choice
 from .common import masked_attention, padding, project, softmax, softmax_module
+from .grid_window import grid_window, grid_window_module, neighbours
 from .longformer import longformer_module, sliding_window, window
 from .nystromformer import nystrom, nystromformer_module
 from .performer import performer, performer_module, performer_weights
@@ -15,12 +16,15 @@ __all__ = [
     "big_bird_module",
     "bucket_factors",
     "chunk_pairs",
+    "grid_window",
+    "grid_window_module",
     "local",
     "local_module",
     "longformer_module",
     "lsh",
     "lsh_module",
     "masked_attention",
+    "neighbours",
     "nystrom",
     "nystromformer_module",
     "padding",

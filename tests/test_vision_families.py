@@ -1,0 +1,672 @@
+"""Laws of every vision family and every one of its heads, over the table of families."""
+
+import copy
+import pickle
+import tempfile
+
+import pytest
+import torch
+from helpers import feed_forward_of, layers_of, model_class, random_images, randomise_, tiny_config
+from test_families import _Allocations
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel
+
+from hf_efficient_attn.attention import ATTENTIONS
+from hf_efficient_attn.auto import VISION_FAMILIES
+from hf_efficient_attn.data import DataCollatorWithPatchMask
+
+
+HEADS = [(family, auto) for family, row in VISION_FAMILIES.items() for auto in row.heads]
+HEADS = [(family, auto) for family, auto in HEADS if auto != "AutoModelForPreTraining"]
+HEAD = pytest.mark.parametrize(("family", "auto"), HEADS, ids=[f"{family}-{auto}" for family, auto in HEADS])
+FAMILY = pytest.mark.parametrize("family", VISION_FAMILIES)
+BACKEND = pytest.mark.parametrize("backend", ["sdpa", "eager"])
+# Smaller and larger than the table of 4 x 3 patches, and uneven ones, in pixels.
+SIZES = [(4, 4), (16, 12), (12, 16), (40, 24), (17, 9), (1, 30)]
+
+# Mechanisms with options small enough for some tens of patches.
+MECHANISMS: dict[str, dict[str, object]] = {
+    "big_bird": {"block_size": 4, "num_random_blocks": 1},
+    "local": {"local_attn_chunk_length": 4, "local_num_chunks_after": 1},
+    "longformer": {"attention_window": 8},
+    "lsh": {"lsh_attn_chunk_length": 4, "num_hashes": 2},
+    "neighborhood": {"radius": [1, 2]},
+    "nystromformer": {"num_landmarks": 4, "conv_kernel_size": 3},
+    "performer": {"num_features": 16},
+    "softmax": {},
+}
+MECHANISM = pytest.mark.parametrize("mechanism", ATTENTIONS)
+
+
+def build(family: str, auto: str, mechanism: str = "softmax", **overrides: object) -> PreTrainedModel:
+    """A tiny model with random weights and one register, in eval mode."""
+    options = {"attention": mechanism, "attention_options": MECHANISMS[mechanism], "num_register_tokens": 1}
+    return randomise_(model_class(family, auto)(tiny_config(family, **{**options, **overrides})))
+
+
+def grid_of(height: int, width: int) -> tuple[int, int]:
+    return -(-height // 4), -(-width // 4)
+
+
+def batch_of(auto: str, batch: int, height: int = 16, width: int = 12) -> dict[str, Tensor]:
+    """Images, and labels for a head."""
+    inputs = {"pixel_values": random_images(batch, height, width)}
+    if auto == "AutoModelForImageClassification":
+        return {**inputs, "labels": torch.arange(batch) % 2}
+    if auto == "AutoModelForMaskedImageModeling":
+        rows, columns = grid_of(height, width)
+        inputs["bool_masked_pos"] = torch.arange(batch * rows * columns).view(batch, -1) % 2 == 0
+    return inputs
+
+
+def result_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The first output that is not the loss, with the batch first."""
+    outputs = model(**{name: x for name, x in inputs.items() if name != "labels"})
+    for name in ("feature_maps", "reconstruction", "logits", "last_hidden_state"):
+        if name in outputs:
+            return outputs[name][-1] if name == "feature_maps" else outputs[name]
+    raise AssertionError(f"{type(outputs)} has no result")
+
+
+def loss_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    outputs = model(**inputs)
+    if outputs.get("loss") is not None:
+        return outputs.loss
+    if "feature_maps" in outputs:
+        return outputs.feature_maps[-1].square().mean()
+    return outputs.last_hidden_state.square().mean() + outputs.pooler_output.sum()
+
+
+def mixed_sizes(images: list[Tensor], corner: str, poison: float | None = None) -> dict[str, Tensor]:
+    """Images `[3, height, width]` in one batch with their patch mask; `poison` stands in the padding."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    pixels = torch.zeros(len(images), 3, height, width)
+    mask = torch.zeros(len(images), height // 4, width // 4, dtype=torch.long)
+    if poison is not None:
+        pixels.fill_(poison)
+    for row, image in enumerate(images):
+        top = height - image.shape[1] if "bottom" in corner else 0
+        left = width - image.shape[2] if "right" in corner else 0
+        pixels[row, :, top : top + image.shape[1], left : left + image.shape[2]] = image
+        mask[row, top // 4 : (top + image.shape[1]) // 4, left // 4 : (left + image.shape[2]) // 4] = 1
+    return {"pixel_values": pixels, "patch_mask": mask}
+
+
+@HEAD
+@MECHANISM
+def test_any_size_works_and_is_the_callers(family: str, auto: str, mechanism: str) -> None:
+    model = build(family, auto, mechanism)
+    for train in (False, True):
+        model.train(train)
+        for size in SIZES:
+            rows, columns = grid_of(*size)
+            inputs = batch_of(auto, 2, *size)
+            loss_of(model, inputs).backward()
+            outputs = model(**inputs, output_hidden_states=True)
+            assert all(x.shape == (2, 2 + rows * columns, 32) for x in outputs.hidden_states)
+            if "reconstruction" in outputs:
+                assert outputs.reconstruction.shape == (2, 3, *size)
+            if "feature_maps" in outputs:
+                assert outputs.feature_maps[-1].shape == (2, 32, rows, columns)
+
+
+@HEAD
+@MECHANISM
+@BACKEND
+@pytest.mark.parametrize("corner", ["top left", "bottom right"])
+def test_alone_is_padded_is_batched(family: str, auto: str, mechanism: str, backend: str, corner: str) -> None:
+    """Images of different size in one batch: padding on any side, whatever is in it, changes nothing."""
+    model = build(family, auto, mechanism, attn_implementation=backend, pooling="mean")
+    images = [random_images(1, *size, seed=size[0])[0] for size in ((20, 36), (8, 12), (4, 4), (32, 8))]
+    alone = [result_of(model, {"pixel_values": image[None]})[0] for image in images]
+    for poison in (None, 1e3, float("inf"), float("nan")):
+        batch = mixed_sizes(images, corner, poison)
+        flat = {**batch, "patch_mask": batch["patch_mask"].flatten(1).bool()}
+        found = result_of(model, batch)
+        assert (
+            torch.equal(
+                result_of(model, flat),
+                found,
+            )
+            or poison is not None
+        )
+        for row, expected in enumerate(alone):
+            keep, mine = batch["patch_mask"][row].bool(), found[row]
+            if auto == "AutoModel":
+                mine = mine[torch.cat([keep.new_ones(2), keep.flatten()])]
+            elif auto == "AutoBackbone":
+                assert (mine[:, ~keep] == 0).all()
+                mine, expected = mine[:, keep], expected.flatten(1)
+            elif auto == "AutoModelForMaskedImageModeling":
+                pixels = keep.repeat_interleave(4, 0).repeat_interleave(4, 1)
+                mine, expected = mine[:, pixels], expected.flatten(1)
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=2e-5)
+
+
+@FAMILY
+@MECHANISM
+def test_weights_of_a_mixed_batch_stand_at_their_tokens(family: str, mechanism: str) -> None:
+    model = build(family, "AutoModel", mechanism, attn_implementation="eager")
+    images = [random_images(1, *size, seed=size[0])[0] for size in ((20, 36), (8, 12))]
+    batch = mixed_sizes(images, "top left")
+    weights = model(**batch, output_attentions=True).attentions
+    alone = model(images[1][None], output_attentions=True).attentions
+    keep = torch.cat([torch.ones(2), batch["patch_mask"][1].flatten()]).bool()
+    for a, b in zip(weights, alone, strict=True):
+        assert (a[1][:, ~keep] == 0).all() and (a[1][:, :, ~keep] == 0).all()
+        torch.testing.assert_close(a[1][:, keep][:, :, keep], b[0], rtol=1e-5, atol=1e-5)
+
+
+@HEAD
+def test_poisoned_padding_reaches_no_gradient(family: str, auto: str) -> None:
+    model = build(family, auto).train()
+    images = [random_images(1, *size, seed=size[0])[0] for size in ((8, 12), (16, 8))]
+    gradients = []
+    for poison in (None, float("nan")):
+        batch = mixed_sizes(images, "top left", poison)
+        if "Masked" in auto:
+            batch["bool_masked_pos"] = torch.arange(24).view(2, 12) % 2 == 0
+        outputs = model(**batch)
+        if auto == "AutoModel":
+            loss = outputs.pooler_output.square().sum()
+        elif auto == "AutoBackbone":
+            loss = outputs.feature_maps[-1].square().sum()
+        else:
+            loss = outputs.logits.square().sum() if outputs.get("loss") is None else outputs.loss
+        parameters = [parameter for parameter in model.parameters()]
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+@HEAD
+def test_a_mask_of_ones_is_no_mask(family: str, auto: str) -> None:
+    model = build(family, auto)
+    inputs = batch_of(auto, 2, 20, 28)
+    ones = torch.ones(2, 5, 7, dtype=torch.long)
+    assert torch.equal(result_of(model, {**inputs, "patch_mask": ones}), result_of(model, inputs))
+
+
+@HEAD
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"pooling": "mean"}, {"pooling": "mean", "use_cls_token": False}, {"num_register_tokens": 0}],
+    ids=str,
+)
+def test_every_parameter_gets_a_gradient(family: str, auto: str, overrides: dict[str, object]) -> None:
+    model = build(family, auto, **overrides).train()
+    inputs = batch_of(auto, 2, 20, 28)
+    loss_of(model, inputs).backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not [name for name in missing if auto != "AutoBackbone"], missing
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@HEAD
+def test_eval_is_deterministic_and_changes_nothing(family: str, auto: str) -> None:
+    model = build(family, auto)
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    config, state = copy.deepcopy(model.config.to_dict()), torch.get_rng_state()
+    large, small = batch_of(auto, 2, 40, 24), batch_of(auto, 2, 8, 8)
+    first = result_of(model, large)
+    loss_of(model, small), loss_of(model.train(), large), model.eval()
+    assert torch.equal(result_of(model, large), first), "no call may change what the next one computes"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
+
+
+@HEAD
+@MECHANISM
+def test_gradient_checkpointing_gives_equal_gradients(family: str, auto: str, mechanism: str) -> None:
+    dropout = {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.2}
+    plain = build(family, auto, mechanism, **dropout).train()
+    checkpointed = copy.deepcopy(plain)
+    name = "activation_checkpointing" if hasattr(plain, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(checkpointed, f"{name}_enable")()
+    inputs, calls = batch_of(auto, 2, 20, 28), []
+    feed_forward_of(layers_of(checkpointed)[0])[0].register_forward_hook(lambda *_: calls.append(1))
+    for model in (plain, checkpointed):
+        torch.manual_seed(0)
+        loss_of(model, inputs).backward()
+    assert len(calls) == 2, "the layer is computed again in the backward pass"
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@FAMILY
+def test_recorded_states_and_weights_have_the_documented_shapes(family: str) -> None:
+    model = build(family, "AutoModel", attn_implementation="eager")
+    images = random_images(2, 20, 28)
+    outputs = model(images, output_hidden_states=True, output_attentions=True)
+    assert [x.shape for x in outputs.hidden_states] == [(2, 37, 32)] * 3
+    assert [x.shape for x in outputs.attentions] == [(2, 4, 37, 37)] * 2
+    assert torch.equal(model.layernorm(outputs.hidden_states[-1]), outputs.last_hidden_state)
+    found = build(family, "AutoModel")(images, output_hidden_states=True)
+    for a, b in zip(outputs.hidden_states, found.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    as_tuple = model(images, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], outputs.last_hidden_state)
+    with pytest.raises(ValueError, match="only the eager backend has attention weights"):
+        build(family, "AutoModel")(images, output_attentions=True)
+
+
+@HEAD
+def test_copies_and_pickles_still_record(family: str, auto: str) -> None:
+    model = build(family, auto)
+    inputs = batch_of(auto, 1)
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found = again(**inputs, output_hidden_states=True).hidden_states
+        assert len(found) == len(states) == 3
+        assert all(torch.equal(a, b) for a, b in zip(found, states, strict=True))
+
+
+@HEAD
+@MECHANISM
+def test_loads_through_meta_device_and_dtype(family: str, auto: str, mechanism: str) -> None:
+    model = build(family, auto, mechanism)
+    inputs = batch_of(auto, 2, 20, 28)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        cls = type(model)
+        for loaded in (cls.from_pretrained(folder), cls.from_pretrained(folder, device_map="cpu")):
+            assert not any(x.is_meta for x in (*loaded.parameters(), *loaded.buffers()))
+            for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+                assert torch.equal(a, b), name
+            torch.testing.assert_close(result_of(loaded.eval(), inputs), result_of(model, inputs), rtol=1e-6, atol=1e-6)
+        half = cls.from_pretrained(folder, dtype=torch.bfloat16)
+        assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
+        assert result_of(half.eval(), inputs).dtype == torch.bfloat16
+
+
+@FAMILY
+def test_fresh_weights_are_drawn_and_masks_start_at_zero(family: str) -> None:
+    model = model_class(family, "AutoModelForMaskedImageModeling")(tiny_config(family, num_register_tokens=2))
+    embeddings = model.base_model.embeddings
+    for tokens in (embeddings.cls_token, embeddings.register_tokens, embeddings.position_embeddings):
+        assert 0.005 < tokens.std() < 0.04, "initializer_range is 0.02"
+    assert (embeddings.mask_token == 0).all()
+
+
+@FAMILY
+@MECHANISM
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "sdpa"), (torch.float16, "sdpa"), (torch.bfloat16, "eager")]
+)
+def test_trains_in_half_precision(family: str, mechanism: str, dtype: torch.dtype, backend: str) -> None:
+    """Autocast training learns a tiny problem: no inf or NaN, and a last loss of at most 0.7 of the first."""
+    torch.manual_seed(0)
+    auto = "AutoModelForImageClassification"
+    options = {"attention": mechanism, "attention_options": MECHANISMS[mechanism], "attn_implementation": backend}
+    model = model_class(family, auto)(tiny_config(family, **options, attention_probs_dropout_prob=0.1)).train()
+    inputs = batch_of(auto, 8, 20, 28)
+    inputs["pixel_values"][:, :, 4:12, 4:12] += 2.0 * (2 * inputs["labels"] - 1)[:, None, None, None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=1024.0)
+    losses = []
+    for _ in range(25):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] <= 0.7 * losses[0], losses
+
+
+@FAMILY
+@MECHANISM
+def test_memory_is_linear_in_the_patches(family: str, mechanism: str) -> None:
+    """Bytes allocated forward and backward at 8,192 patches against 4,096, and the largest tensor kept for backward."""
+    # Softmax attention over everything is linear in memory where torch has a fused kernel: not with dropout on a CPU.
+    dropout = 0.0 if mechanism == "softmax" else 0.1
+    model = build(family, "AutoModel", mechanism, attention_probs_dropout_prob=dropout, num_hidden_layers=1).train()
+
+    def run(rows: int) -> tuple[int, int]:
+        largest = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal largest
+            largest = max(largest, tensor.numel())
+            return tensor
+
+        inputs = batch_of("AutoModel", 1, 4 * rows, 256)
+        with _Allocations() as allocations, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss_of(model, inputs).backward()
+        return allocations.total, largest
+
+    short, _ = run(64)
+    long, largest = run(128)
+    assert long <= 2.1 * short
+    assert largest < 8192**2
+
+
+@HEAD
+def test_modules_are_named_for_sharding(family: str, auto: str) -> None:
+    model = build(family, auto)
+    names = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= names
+    assert model.main_input_name == "pixel_values" and model.input_modalities == ("image",)
+    assert isinstance(model.get_input_embeddings().projection, nn.Conv2d)
+
+
+@FAMILY
+@MECHANISM
+@pytest.mark.parametrize("train", [False, True])
+def test_shapes_without_values(family: str, mechanism: str, train: bool) -> None:
+    """On the meta device, as tools that plan memory run a model."""
+    options = {"attention": mechanism, "attention_options": MECHANISMS[mechanism]}
+    with torch.device("meta"):
+        model = model_class(family, "AutoModel")(tiny_config(family, hidden_dropout_prob=0.1, **options)).train(train)
+        images = torch.zeros(2, 3, 20, 28)
+    assert model(images).last_hidden_state.shape == (2, 36, 32)
+
+
+@FAMILY
+def test_layers_of_the_users_own(family: str) -> None:
+    """Whatever stands in for a linear map or a dropout, and whoever watches them, training goes on."""
+    model = build(family, "AutoModelForImageClassification", hidden_dropout_prob=0.3).train()
+    first, second = layers_of(model)
+    first.output.dense = nn.Sequential(first.output.dense, nn.Tanh())
+    first.attention.output.dropout = nn.AlphaDropout(0.5)
+    first.attention.output.dense.register_full_backward_hook(lambda *_: None)
+    seen = []
+    second.output.dropout.register_forward_pre_hook(lambda module, args: seen.append(args))
+    second.attention.output.dropout = nn.Identity()
+    loss_of(model, batch_of("AutoModelForImageClassification", 2)).backward()
+    assert len(seen) == 1
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# Any size.
+
+
+@FAMILY
+def test_positions_at_the_native_size_are_the_table(family: str) -> None:
+    """Bit by bit, also where a size may be any (compiled) and where a mask gives each image its own grid."""
+    embeddings = build(family, "AutoModel").embeddings
+    table = embeddings.position_embeddings[:, 1:]
+    assert torch.equal(embeddings.positions((4, 3), None)[1], table)
+    mask = torch.ones(2, 6, 5, dtype=torch.bool)
+    mask[0, 4:], mask[0, :, 3:] = False, False
+    found = embeddings.positions((6, 5), mask)[1][0].unflatten(0, (6, 5))
+    assert torch.equal(found[:4, :3].flatten(0, 1), table[0])
+
+
+@FAMILY
+@pytest.mark.parametrize("grid", [(1, 1), (4, 3), (3, 4), (9, 7), (2, 40), (64, 64)])
+def test_positions_are_torchs_bicubic_interpolation(family: str, grid: tuple[int, int]) -> None:
+    embeddings = build(family, "AutoModel").embeddings.double()
+    table = embeddings.position_embeddings[:, 1:].unflatten(1, (4, 3)).permute(0, 3, 1, 2)
+    right = nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+    mask = torch.ones(1, *grid, dtype=torch.bool)
+    for patch_mask in (None, mask):
+        found = embeddings.positions(grid, patch_mask)[1]
+        torch.testing.assert_close(found, right.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+@HEAD
+def test_sizes_that_the_patch_does_not_divide(family: str, auto: str) -> None:
+    """Filled up with zeros, so that every pixel counts; or refused."""
+    model = build(family, auto, uneven_size="pad")
+    images = random_images(2, 18, 11)
+    filled = nn.functional.pad(images, (0, 1, 0, 2))
+    found, right = result_of(model, {"pixel_values": images}), result_of(model, {"pixel_values": filled})
+    if "Masked" in auto:
+        right = right[:, :, :18, :11]
+    assert torch.equal(found, right)
+    changed = images.clone()
+    changed[:, :, -1, -1] += 1.0
+    assert not torch.equal(result_of(model, {"pixel_values": changed}), found), "the last pixel counts"
+    refusing = build(family, auto, uneven_size="refuse")
+    with pytest.raises(ValueError, match=r"18 x 11 pixels has no whole patches of 4 x 4.*uneven_size = 'pad'"):
+        refusing(images)
+    refusing(random_images(2, 20, 12))
+
+
+@FAMILY
+def test_rectangular_patches(family: str) -> None:
+    model = build(family, "AutoModel", patch_size=[4, 2], image_size=[16, 12])
+    assert model.config.native_grid == (4, 6)
+    outputs = model(random_images(2, 16, 12))
+    assert outputs.last_hidden_state.shape == (2, 2 + 24, 32)
+    narrow = build(family, "AutoModel", patch_size=[2, 4], image_size=[12, 16])
+    narrow.load_state_dict({**model.state_dict(), **_transposed(model)})
+    turned = narrow(random_images(2, 16, 12).transpose(2, 3)).last_hidden_state[:, 2:].unflatten(1, (6, 4))
+    right = outputs.last_hidden_state[:, 2:].unflatten(1, (4, 6)).transpose(1, 2)
+    torch.testing.assert_close(turned, right, rtol=1e-5, atol=1e-5)
+
+
+def _transposed(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Its weights for images with rows and columns exchanged."""
+    table = model.embeddings.position_embeddings.detach()
+    patches = table[:, 1:].unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2)
+    return {
+        "embeddings.position_embeddings": torch.cat([table[:, :1], patches], dim=1),
+        "embeddings.patch_embeddings.projection.weight": model.embeddings.patch_embeddings.projection.weight.detach()
+        .transpose(2, 3)
+        .contiguous(),
+    }
+
+
+@FAMILY
+def test_without_positions_the_patches_have_no_order(family: str) -> None:
+    """Patches exchanged are states exchanged, and the class token's state stays."""
+    model = build(family, "AutoModel")
+    with torch.no_grad():
+        model.embeddings.position_embeddings.zero_()
+    images = random_images(1, 16, 12)
+    exchanged = images.flip(0).clone()
+    exchanged[:, :, 0:4, 0:4], exchanged[:, :, 8:12, 4:8] = images[:, :, 8:12, 4:8], images[:, :, 0:4, 0:4]
+    order = list(range(14))
+    order[2], order[2 + 7] = 2 + 7, 2
+    found, right = model(exchanged).last_hidden_state, model(images).last_hidden_state[:, order]
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+# Compiled and exported.
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+class Exported(nn.Module):
+    """Positional inputs and plain tensors out, as torch.export wants them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return result_of(self.model, inputs)
+
+
+@FAMILY
+@MECHANISM
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_compiles_as_one_graph_with_dynamic_shapes(
+    family: str, mechanism: str, masked: bool, fresh_compiler: None
+) -> None:
+    function = Exported(build(family, "AutoModel", mechanism))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, height, width in [(2, 20, 28), (3, 16, 12), (2, 36, 44)]:
+        inputs = {"pixel_values": random_images(batch, height, width)}
+        if masked:
+            inputs["patch_mask"] = torch.ones(batch, height // 4, width // 4, dtype=torch.long)
+            inputs["patch_mask"][-1, 2:], inputs["patch_mask"][-1, :, 3:] = 0, 0
+        found, right = compiled(inputs), function(inputs)
+        if masked:
+            keep = torch.cat([torch.ones(batch, 2), inputs["patch_mask"].flatten(1)], dim=1).bool()
+            found, right = found[keep], right[keep]
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+@FAMILY
+@MECHANISM
+def test_compiled_training_gives_equal_gradients(family: str, mechanism: str, fresh_compiler: None) -> None:
+    auto = "AutoModelForImageClassification"
+    model = build(family, auto, mechanism).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = batch_of(auto, 2, 20, 28)
+    right = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
+    ours = torch.autograd.grad(compiled(**inputs).loss, list(model.parameters()))
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@HEAD
+@pytest.mark.parametrize("uneven_size", ["pad", "refuse"])
+@MECHANISM
+def test_the_exported_program_is_the_model_at_any_size(
+    family: str, auto: str, mechanism: str, uneven_size: str, fresh_compiler: None
+) -> None:
+    """Dynamic batch, height and width; where uneven sizes are refused, the program says that it takes whole patches."""
+    function = Exported(build(family, auto, mechanism, uneven_size=uneven_size))
+    example = {"pixel_values": random_images(2, 20, 28)}
+    batch, scale = torch.export.Dim("batch", min=1, max=64), 4 if uneven_size == "refuse" else 1
+    # From two rows and columns on: to torch.export a dimension of 1 is another program.
+    least = 2 if uneven_size == "refuse" else 5
+    height, width = (torch.export.Dim(name, min=least, max=400) for name in ("height", "width"))
+    shapes = {"pixel_values": {0: batch, 2: scale * height, 3: scale * width}}
+    program = torch.export.export(function, (example,), dynamic_shapes=(shapes,)).module()
+    for rows, *size in [(1, 20, 28), (3, 16, 12), (2, 44, 8), (1, 17, 30), (3, 40, 9)]:
+        if uneven_size == "refuse":
+            size = [4 * x for x in size]
+        inputs = {"pixel_values": random_images(rows, *size)}
+        torch.testing.assert_close(program(inputs), function(inputs), rtol=1e-5, atol=1e-5)
+
+
+# Feature maps.
+
+
+@FAMILY
+def test_backbone(family: str) -> None:
+    config = tiny_config(family, out_features=["stem", "stage2"])
+    backbone = AutoBackbone.from_config(config)
+    assert type(backbone) is model_class(family, "AutoBackbone")
+    assert backbone.out_indices == [0, 2] and backbone.channels == [32, 32]
+    randomise_(backbone)
+    images = random_images(2, 20, 28)
+    outputs = backbone(images, output_hidden_states=True)
+    assert [x.shape for x in outputs.feature_maps] == [(2, 32, 5, 7)] * 2 and len(outputs.hidden_states) == 3
+    for index, feature_map in zip((0, 2), outputs.feature_maps, strict=True):
+        states = backbone.vit.layernorm(outputs.hidden_states[index])[:, 1:]
+        assert torch.equal(feature_map.flatten(2).transpose(1, 2), states)
+    assert backbone(images).hidden_states is None
+    backbone.out_indices = [1]
+    assert backbone.out_features == ["stage1"] and len(backbone(images).feature_maps) == 1
+    backbone.out_features = ["stage2"]
+    assert backbone.out_indices == [2]
+    with pytest.raises(ValueError, match="'stage9'; the stages are stem, stage1, stage2"):
+        backbone.out_features = ["stage9"]
+    assert backbone.out_indices == [2], "a refused choice changes nothing"
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.save_pretrained(folder)
+        again = type(backbone).from_pretrained(folder).eval()
+    assert again.out_features == ["stage2"]
+    assert torch.equal(again(images).feature_maps[0], backbone(images).feature_maps[0])
+    backbone.config.reshape_hidden_states, backbone.config.apply_layernorm = False, False
+    assert torch.equal(backbone(images).feature_maps[0], outputs.hidden_states[2])
+
+
+# Batches of mixed sizes.
+
+
+def test_collator_pads_images_and_marks_their_patches() -> None:
+    images = [random_images(1, *size)[0] for size in ((8, 12), (10, 3), (16, 16))]
+    features = [{"pixel_values": image, "labels": number} for number, image in enumerate(images)]
+    batch = DataCollatorWithPatchMask(patch_size=4)(features)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["labels"].tolist() == [0, 1, 2]
+    assert batch["patch_mask"].sum(dim=(1, 2)).tolist() == [6, 3, 16]
+    for row, image in enumerate(images):
+        assert torch.equal(batch["pixel_values"][row, :, : image.shape[1], : image.shape[2]], image)
+    even = DataCollatorWithPatchMask(patch_size=[4, 4])([{"pixel_values": images[0]}] * 2)
+    assert set(even) == {"pixel_values"}, "images of one size need no mask"
+    with pytest.raises(ValueError, match="pixel_values"):
+        DataCollatorWithPatchMask(patch_size=4)([{"image": 1}])
+
+
+# Errors.
+
+CONFIGS: dict[str, tuple[dict[str, object], str]] = {
+    "uneven table": ({"image_size": [18, 12]}, r"no multiple of patch_size = 4.*give \[16, 12\]"),
+    "pooling": ({"pooling": "max"}, "pooling = 'max': choose one of cls, mean"),
+    "pooling without token": ({"use_cls_token": False}, "use pooling='mean'"),
+    "uneven": ({"uneven_size": "crop"}, "uneven_size = 'crop': choose one of pad, refuse"),
+    "registers": ({"num_register_tokens": -1}, "num_register_tokens = -1"),
+    "three sizes": ({"image_size": [4, 4, 4]}, "one number, or height and width"),
+    "no patch": ({"patch_size": 0}, "patch_size = 0"),
+    "channels": ({"num_channels": 0}, "num_channels = 0"),
+    "pooler": ({"pooler_act": "tanch"}, "pooler_act = 'tanch' is not an activation; try tanh"),
+    "pooler size": ({"pooler_output_size": 0}, "pooler_output_size = 0"),
+    "no stage": ({"out_features": []}, "give one stage or more"),
+    "stage twice": ({"out_indices": [1, 1]}, "each once"),
+    "stage too far": ({"out_indices": [3]}, "out_indices has 3; the stages are 0"),
+    "two choices": ({"out_features": ["stem"], "out_indices": [1]}, "different stages"),
+    "misspelt": ({"num_registers": 3}, "did you mean 'num_register_tokens'"),
+    "dropout": ({"hidden_dropout_prob": 2.0}, "between 0 and 1"),
+    "mechanism": ({"attention": "neighbourhood"}, "Did you mean 'neighborhood'"),
+}
+
+
+@FAMILY
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wrong_options_are_refused(family: str, name: str) -> None:
+    options, message = CONFIGS[name]
+    with pytest.raises(ValueError, match=message):
+        tiny_config(family, **options)
+
+
+CALLS: dict[str, tuple[dict[str, object], str]] = {
+    "nothing": ({}, "needs pixel_values"),
+    "no batch": ({"pixel_values": torch.zeros(3, 16, 12)}, r"must be \[batch, 3, height, width\]"),
+    "channels": ({"pixel_values": torch.zeros(2, 1, 16, 12)}, "num_channels = 3"),
+    "empty": ({"pixel_values": torch.zeros(2, 3, 0, 12)}, "empty"),
+    "mask of pixels": ({"patch_mask": torch.ones(2, 16, 12)}, r"\[2, 4, 3\] of patches"),
+    "additive mask": ({"patch_mask": torch.full((2, 4, 3), -1.0)}, "marks tokens with 1"),
+    "masked patches without a token": ({"bool_masked_pos": torch.ones(2, 12)}, "without a mask token"),
+    "text": ({"attention_mask": torch.ones(2, 12)}, "unknown argument 'attention_mask'"),
+}
+
+
+@FAMILY
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_calls_are_explained(family: str, name: str) -> None:
+    given, message = CALLS[name]
+    model = build(family, "AutoModel")
+    with pytest.raises(ValueError, match=message):
+        model(**({} if name == "nothing" else {"pixel_values": random_images(2), **given}))
+    assert model(random_images(2)).last_hidden_state.isfinite().all()
+
+
+@FAMILY
+def test_a_loss_needs_predictions_as_large_as_patches(family: str) -> None:
+    model = build(family, "AutoModelForMaskedImageModeling", encoder_stride=2)
+    assert model(random_images(2)).reconstruction.shape == (2, 3, 8, 6)
+    with pytest.raises(ValueError, match="encoder_stride = 2 with patch_size = 4"):
+        model(random_images(2), bool_masked_pos=torch.ones(2, 12))
+
+
+@FAMILY
+def test_a_loss_of_no_masked_patches_is_zero(family: str) -> None:
+    model = build(family, "AutoModelForMaskedImageModeling")
+    assert model(random_images(2), bool_masked_pos=torch.zeros(2, 12)).loss == 0
+
+
+@FAMILY
+def test_a_size_that_cannot_be_is_refused_and_changes_nothing(family: str) -> None:
+    model = build(family, "AutoModel")
+    table = model.embeddings.position_embeddings
+    with pytest.raises(ValueError, match="no multiple"):
+        model.resize_positions(18)
+    assert model.config.image_size == [16, 12] and model.embeddings.position_embeddings is table
