@@ -12,12 +12,17 @@ from ..cpu import TOKENS_AT_ONCE
 def inference_chunk(states: Tensor, *modules: nn.Module) -> int:
     """Tokens at a time that are quickest through `modules` on a CPU where no backward pass follows; 0 for all at once.
 
-    Fresh memory for the inner states of a long text costs more than the work in it. Hooks see whole texts.
+    Fresh memory for the inner states of a long text costs more than the work in it; chunks are of one size, because a
+    rest of a few tokens (a class token, say) would read all weights again. Hooks see whole texts.
     """
     if torch.is_grad_enabled() or states.device.type != "cpu" or torch.compiler.is_compiling():
         return 0
     inner = (part for module in modules for part in module.modules())
-    return 0 if any(x._forward_hooks or x._forward_pre_hooks for x in inner) else TOKENS_AT_ONCE
+    if any(x._forward_hooks or x._forward_pre_hooks for x in inner):
+        return 0
+    length = states.shape[1]
+    count = -(-length // (TOKENS_AT_ONCE + TOKENS_AT_ONCE // 8))
+    return -(-length // max(1, count))
 
 
 def is_recorder(hook: Callable) -> bool:

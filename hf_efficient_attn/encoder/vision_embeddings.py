@@ -58,10 +58,14 @@ def interpolate_positions(table: Tensor, grid: tuple[int, int], patch_mask: Tens
         weights.append(bicubic_weights(count, table.shape[axis], first, size))
     by_row, by_column = weights
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    # Columns first: what is broadcast then are the rows of the table, whose number a compiler knows.
     with without_autocast(table.device):
-        rows = torch.matmul(by_row.to(wide.dtype), wide.flatten(1)).unflatten(2, table.shape[1:])
-        found = torch.matmul(by_column.to(wide.dtype)[:, None], rows)
-    return found.flatten(1, 2).to(table.dtype)
+        columns = torch.matmul(by_column.to(wide.dtype)[:, None], wide)
+        found = torch.matmul(by_row.to(wide.dtype), columns.flatten(2)).contiguous()
+    # By strides, because a compiler does not know that what is split here divides.
+    patches, width = grid[0] * grid[1], table.shape[2]
+    found = found.as_strided((found.shape[0], patches, width), (patches * width, width, 1))
+    return found.to(table.dtype)
 
 
 class PatchEmbeddings(nn.Module):

@@ -109,7 +109,7 @@ class ForMaskedImageModeling(VisionTaskModel):
         predicted = self.decoder(patches.transpose(1, 2).unflatten(2, grid))
         loss = None
         if self.config.patch_shape == (stride, stride):
-            predicted = predicted[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
+            predicted = _first_pixels(predicted, pixel_values)
         if bool_masked_pos is not None:
             counted = bool_masked_pos.flatten(1).unflatten(1, grid).bool()
             mask = self.base_model.bool_patch_mask(patch_mask, counted.shape[0], grid)
@@ -120,10 +120,21 @@ class ForMaskedImageModeling(VisionTaskModel):
         )
 
 
+def _first_pixels(whole: Tensor, pixel_values: Tensor) -> Tensor:
+    """`whole` `[batch, channels, rows, columns]` up to the height and width of `pixel_values`."""
+    height, width = pixel_values.shape[2:]
+    if not torch.compiler.is_compiling():
+        return whole[:, :, :height, :width]
+    # By index, because a compiler does not know that there are as many.
+    for dim, size in ((2, height), (3, width)):
+        whole = whole.index_select(dim, torch.arange(size, device=whole.device))
+    return whole
+
+
 def _masked_distance(predicted: Tensor, pixel_values: Tensor, counted: Tensor, stride: int) -> Tensor:
     """Mean of `|predicted - pixel_values|` over the channels and the pixels of patches `counted` `[batch, *grid]`."""
     pixels = counted.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
-    pixels = pixels[:, None, : pixel_values.shape[2], : pixel_values.shape[3]]
+    pixels = _first_pixels(pixels[:, None], pixel_values)
     # Where nothing counts, not even inf or NaN may.
     target = torch.where(pixels, pixel_values.to(predicted.dtype), 0.0)
     distance = (predicted - target).abs().float()
