@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -80,9 +81,9 @@ def read_arguments() -> argparse.Namespace:
     args.learning_rate = args.learning_rate or (size.learning_rate if size else 1e-3)
     args.mask_probability = size.mask_probability if size else 0.15
     args.warmup = min(size.warmup_steps if size else 50, args.steps // 10)
-    for name in ("max_length", "steps", "batch_size", "accumulate", "vocab_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    for name, least in {"max_length": 8, "steps": 1, "batch_size": 1, "accumulate": 1, "vocab_size": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
     if not args.learning_rate > 0:
         parser.error(f"--learning-rate {args.learning_rate}: give a number above 0")
     return args
@@ -112,7 +113,24 @@ def load_texts(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
             raise SystemExit(
                 f"Error: there is no column {args.text_column!r}, only {columns}: name it with --text-column."
             )
+        if not all(isinstance(text, str) for text in side[args.text_column]):
+            raise SystemExit(f"Error: column {args.text_column!r} has rows that are no text: remove them.")
     return sides
+
+
+def checkpoint_in(folder: Path, model: EffElectraForJointPreTraining) -> str:
+    """The last checkpoint, which has to be of such a model."""
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        raise SystemExit(f"Error: {folder} holds no checkpoint to go on from: leave --resume out.")
+    weights = Path(last) / "model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        shared = model.all_tied_weights_keys
+        if saved != {name: list(x.shape) for name, x in model.state_dict().items() if name not in shared}:
+            raise SystemExit(f"Error: {last} is of another model: give --resume the options it was begun with.")
+    return last
 
 
 def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> EffElectraJointConfig:
@@ -164,20 +182,21 @@ def write_curves(history: list[dict], folder: Path) -> None:
 def main() -> None:
     args = read_arguments()
     train, held_out = load_texts(args)
-    if args.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    else:
-        tokenizer = train_wordpieces(train[args.text_column], args.vocab_size, args.max_length)
-    blocks = [pack_texts(side, tokenizer, args.max_length, args.text_column) for side in (train, held_out)]
-
-    set_seed(args.seed)
     try:
+        if args.tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        else:
+            tokenizer = train_wordpieces(train[args.text_column], args.vocab_size, args.max_length)
+        blocks = [pack_texts(side, tokenizer, args.max_length, args.text_column) for side in (train, held_out)]
+        if not all(blocks):
+            raise ValueError("there are too few texts for a training and an evaluation side: give more.")
+        set_seed(args.seed)
         model = EffElectraForJointPreTraining(make_config(args, tokenizer))
         collator = DataCollatorForReplacedTokenDetection(
             tokenizer, args.mask_probability, whole_word=args.whole_word, seed=args.seed
         )
-    except ValueError as error:
-        raise SystemExit(f"Error: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"Error: {' '.join(str(error).split())}") from None
     sizes = [part.num_parameters() for part in (model.generator, model.discriminator)]
     print(
         f"{len(blocks[0]):,} blocks of up to {args.max_length} tokens, {len(blocks[1]):,} held out; {len(tokenizer):,} "
@@ -212,9 +231,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=collator,
     )
-    last = get_last_checkpoint(str(args.output_dir)) if args.resume and args.output_dir.is_dir() else None
-    if args.resume and last is None:
-        raise SystemExit(f"Error: {args.output_dir} holds no checkpoint to go on from: leave --resume out.")
+    last = checkpoint_in(args.output_dir, model) if args.resume else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
     minutes = (time.perf_counter() - start) / 60
@@ -227,7 +244,7 @@ def main() -> None:
     for name in ("discriminator", "generator"):
         tokenizer.save_pretrained(args.output_dir / name)
     write_curves(trainer.state.log_history, args.output_dir)
-    print(f"\nheld out, after {args.steps} steps in {minutes:.1f} minutes:")
+    print(f"\nheld out, after {trainer.state.global_step} steps in {minutes:.1f} minutes:")
     for name in ("loss", *FIGURES, "replaced_rate"):
         if f"eval_{name}" in metrics:
             print(f"    {name.replace('_', ' '):20} {metrics[f'eval_{name}']:.3f}")

@@ -15,11 +15,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BertModel,
     ElectraForMaskedLM,
     ElectraForPreTraining,
     ElectraForSequenceClassification,
     ElectraModel,
     GPT2Config,
+    ViTConfig,
 )
 
 from hf_efficient_attn import (
@@ -131,6 +134,7 @@ def test_electra_folders_load_in_transformers_own_classes(tmp_path: Path) -> Non
             # That the folder says 'eff_electra' is worth a word; that it says 'electra', none.
             assert cls is ElectraModel or bool(warned) == (not stock), warned
             assert_close(loaded.eval()(**inputs)[0][keep], part(**inputs)[0][keep], **CLOSE)
+    assert AutoConfig.from_pretrained(tmp_path / "True" / "generator").architectures == ["ElectraForMaskedLM"]
     by_auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "True" / "discriminator")
     assert type(by_auto) is ElectraForSequenceClassification
     assert (
@@ -144,6 +148,7 @@ def test_electra_folders_load_in_transformers_own_classes(tmp_path: Path) -> Non
         ({"attention": "nystromformer"}, "stock = True with attention = 'nystromformer': .* 'softmax' there"),
         ({"norm_position": "pre"}, "stock = True with norm_position = 'pre'"),
         ({"position_offset": 1}, "stock = True with position_offset = 1"),
+        ({"rescale_embeddings": True}, "stock = True with rescale_embeddings = True"),
     ],
 )
 def test_what_transformers_electra_cannot_hold(overrides: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -268,9 +273,18 @@ REFUSED = {
     "objective": ({"objective": "gan"}, "objective = 'gan': choose one of electra, electra_15"),
     "stage": ({"stage": "first"}, "stage = 'first': choose one of"),
     "training": ({"generator_training": "rl"}, "generator_training = 'rl': choose one of"),
-    "temperature": ({"temperature": 0}, "temperature = 0: it must be above 0"),
+    "temperature": ({"temperature": 0}, "temperature = 0: give a number from 0.001"),
+    "infinite temperature": ({"temperature": float("inf")}, "temperature = inf"),
     "weight": ({"discriminator_weight": -1}, "discriminator_weight = -1"),
+    "no weight": ({"discriminator_weight": float("nan")}, "discriminator_weight = nan"),
     "seed": ({"sampling_seed": -1}, "sampling_seed = -1"),
+    "large seed": ({"sampling_seed": 2**64}, "sampling_seed = 18446744073709551616"),
+    "unknown": ({"sharings": "none"}, "has no option 'sharings'; did you mean 'sharing'"),
+    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings = False with sharing = 'embeddings'"),
+    "vision": (
+        {"generator": EffElectraConfig(), "discriminator": ViTConfig()},
+        "the discriminator is a ViTConfig, which reads no text",
+    ),
     "adversarial": (
         {"generator_training": "adversarial", "objective": "replace_mlm"},
         "the reward is how badly replaced tokens are detected",
@@ -292,7 +306,7 @@ def test_wrong_configs_are_refused(case: str) -> None:
         EffElectraJointConfig(**options)
 
 
-@pytest.mark.parametrize(("size", "layers"), [(0, 1.0), (1.5, 1.0), (0.5, 0.0), (0.5, 2.0)])
+@pytest.mark.parametrize(("size", "layers"), [(0, 1.0), (1.5, 1.0), (0.5, 0.0), (0.5, 2.0), ("0.5", 1.0), (None, 1)])
 def test_a_generator_is_a_share_of_the_discriminator(size: float, layers: float) -> None:
     with pytest.raises(ValueError, match="the generator is a share of the discriminator"):
         EffElectraJointConfig.from_discriminator(EffElectraConfig(), size, generator_layers=layers)
@@ -326,13 +340,67 @@ def test_sharing_between_families() -> None:
     assert model(**masked_batch()).loss.isfinite()
 
 
-def test_encoders_that_are_none() -> None:
-    with pytest.raises(ValueError, match="GPT2Config has no class for masked language modelling"):
-        EffElectraForJointPreTraining(
-            EffElectraJointConfig(generator=GPT2Config(vocab_size=30522), discriminator=EffElectraConfig())
-        )
-    with pytest.raises(ValueError, match="the generator has is_decoder = True"):
-        EffElectraJointConfig(generator=encoder_config("eff_longformer", is_decoder=True, vocab_size=30522))
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+@pytest.mark.parametrize("config", [GPT2Config, BartConfig])
+def test_encoders_that_are_none(part: str, config: Any) -> None:
+    parts = {"generator": EffElectraConfig(), "discriminator": EffElectraConfig(), part: config(vocab_size=30522)}
+    with pytest.raises(ValueError, match=f"the {part} is a {config.__name__}, which is no encoder"):
+        EffElectraForJointPreTraining(EffElectraJointConfig(**parts, sharing="none"))
+    causal = encoder_config("eff_longformer", is_decoder=True, vocab_size=30522)
+    with pytest.raises(ValueError, match=f"the {part} has is_decoder = True"):
+        EffElectraJointConfig(**{**parts, part: causal})
+
+
+def test_models_that_were_given_stay_as_they_are() -> None:
+    model = joint_model(sharing="none")
+    first, second = model.generator.bfloat16(), model.discriminator.bfloat16()
+    joint = EffElectraForJointPreTraining.from_pretrained_pair(first, second, sharing="none")
+    assert {x.dtype for x in joint.parameters()} == {torch.bfloat16}
+    joint.resize_token_embeddings(80)
+    assert first.config.vocab_size == second.config.vocab_size == 64
+
+
+def test_pairs_of_other_classes_are_refused() -> None:
+    model = joint_model("bert", 1)
+    headless = BertModel(model.generator.config, add_pooling_layer=False)
+    with pytest.raises(ValueError, match="there is no 'generator.*give models of these classes: BertForMaskedLM"):
+        EffElectraForJointPreTraining.from_pretrained_pair(headless, model.discriminator, sharing="none")
+    with pytest.raises(ValueError, match="has no option 'objectiv'; did you mean 'objective'"):
+        EffElectraForJointPreTraining.from_pretrained_pair(model.generator, model.discriminator, objectiv="electra")
+
+
+def test_the_second_stage_takes_encoders_of_one_size() -> None:
+    model = joint_model(generator_size=0.5, sharing="none", stage="generator")
+    with pytest.raises(ValueError, match="takes encoders of one size: derive the generator with generator_size = 1"):
+        model.begin_discriminator_stage_()
+
+
+def test_words_of_both_are_replaced_where_they_are_shared() -> None:
+    for sharing in ("embeddings", "none"):
+        model = joint_model(sharing=sharing)
+        new = torch.nn.Embedding(64, 24)
+        model.set_input_embeddings(new)
+        assert model.get_input_embeddings() is new
+        assert (model.generator.get_input_embeddings() is new) == (sharing == "embeddings")
+
+
+def test_the_id_of_padding_is_that_of_both() -> None:
+    config = joint_config("bert", sharing="none")
+    config.pad_token_id = 3
+    assert config.generator.pad_token_id == config.discriminator.pad_token_id == config.pad_token_id == 3
+    config.discriminator.pad_token_id = None
+    assert config.pad_token_id == 3
+
+
+def test_hyperparameters_of_the_sizes() -> None:
+    """Table 6 of the paper."""
+    found = {
+        name: (size.mask_probability, size.learning_rate, size.batch_size, size.train_steps, size.layer_decay)
+        for name, size in ELECTRA_SIZES.items()
+    }
+    assert found["small"] == (0.15, 5e-4, 128, 1_000_000, 0.8)
+    assert found["base"] == (0.15, 2e-4, 256, 766_000, 0.8)
+    assert found["large"] == (0.25, 2e-4, 2048, 400_000, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +408,12 @@ def test_encoders_that_are_none() -> None:
     [
         ({"labels": torch.zeros(3, 39).long()}, r"labels must be \[batch, length\] = \[3, 40\], got \[3, 39\]"),
         ({"labels": torch.full((3, 40), 64)}, "labels contains 64, outside 0 to 63"),
+        ({"labels": torch.ones(3, 40).bool()}, "labels are torch.bool"),
         ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be"),
+        ({"attention_mask": torch.full((3, 40), -1e4)}, "attention_mask contains -10000"),
+        ({"input_ids": torch.full((3, 40), 64)}, "input_ids contains 64"),
+        ({"input_ids": torch.rand(3, 40)}, "input_ids are torch.float32"),
+        ({"output_attentions": True}, "ask model.generator or model.discriminator"),
         ({"input_ids": torch.zeros(4).long()}, "input_ids must be"),
         ({"next_sentence_label": torch.zeros(3)}, "unknown argument 'next_sentence_label'"),
     ],

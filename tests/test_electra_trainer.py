@@ -20,7 +20,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_efficient_attn import DataCollatorForReplacedTokenDetection, EffElectraForJointPreTraining, ElectraTrainer
+from hf_efficient_attn import (
+    DataCollatorForReplacedTokenDetection,
+    DataCollatorWithGlobalAttention,
+    EffElectraForJointPreTraining,
+    ElectraTrainer,
+)
 
 
 FIGURES = {
@@ -109,17 +114,69 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_evaluation_has_figures_of_its_own_and_always_the_same_masks(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
+    """Also with a smaller last batch, several sets, another prefix, and in prediction."""
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4)
     before = trainer.evaluate()
     assert set(before) >= {f"eval_{name}" for name in FIGURES}
-    assert before["eval_loss"] == pytest.approx(
-        before["eval_generator_loss"] + 50 * before["eval_discriminator_loss"], rel=1e-2
-    )
+    both = before["eval_generator_loss"] + 50 * before["eval_discriminator_loss"]
+    assert before["eval_loss"] == pytest.approx(both, rel=1e-5)
     trainer.data_collator.set_epoch(7)
     again = trainer.evaluate()
+    predicted = trainer.predict(trainer.eval_dataset).metrics
+    several = trainer.evaluate({"a": trainer.eval_dataset, "b": trainer.train_dataset})
     assert trainer.data_collator.epoch == 7
     for name in FIGURES:
-        assert again[f"eval_{name}"] == before[f"eval_{name}"]
+        for other in (again[f"eval_{name}"], predicted[f"test_{name}"], several[f"eval_a_{name}"]):
+            assert other == before[f"eval_{name}"]
+    assert several["eval_b_generator_loss"] != several["eval_a_generator_loss"]
+
+
+def test_figures_begin_anew_with_every_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, logging_steps=3, num_train_epochs=1)
+    trainer.train()
+    seen = []
+    trainer.model.register_forward_hook(lambda module, args, output: seen.append(output.metrics["generator_loss"]))
+    trainer.train()
+    first = [entry for entry in trainer.state.log_history if "loss" in entry][0]
+    assert first["generator_loss"] == pytest.approx(sum(seen[:3]) / 3, rel=1e-5)
+
+
+def test_a_generator_alone_has_no_figures_of_a_discriminator(tmp_path: Path) -> None:
+    config = joint_config(generator_size=1, sharing="none", stage="generator")
+    collator = DataCollatorForReplacedTokenDetection(tiny_wordpieces())
+    model = EffElectraForJointPreTraining(config)
+    metrics = ElectraTrainer(model, arguments(tmp_path), eval_dataset=texts(4), data_collator=collator).evaluate()
+    assert "eval_generator_accuracy" in metrics and not [name for name in metrics if "recall" in name]
+
+
+def test_columns_of_the_collator_are_kept(tmp_path: Path) -> None:
+    """Though the model does not take them; and masks by epoch go on inside the collator for global tokens."""
+    trainer = make_trainer(tmp_path, num_train_epochs=2)
+    data = texts(8)
+    data = data.add_column("special_tokens_mask", [[1] * 20 + [0] * 4] * 8)
+    trainer.train_dataset = data.add_column("global_attention_mask", [[1] + [0] * 23] * 8)
+    inner = trainer.data_collator
+    wrapped = ElectraTrainer(
+        EffElectraForJointPreTraining(joint_config("eff_longformer")),
+        trainer.args,
+        train_dataset=trainer.train_dataset,
+        data_collator=DataCollatorWithGlobalAttention(inner),
+    )
+    for batch in wrapped.get_train_dataloader():
+        assert (batch["labels"][:, :20] == -100).all() and "global_attention_mask" in batch
+    epochs = []
+    wrapped.model.register_forward_hook(lambda *_: epochs.append(inner.epoch))
+    wrapped.train()
+    assert epochs == 2 * [0] + 2 * [1]
+
+
+def test_streamed_data_has_other_masks_in_every_pass(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=10)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    epochs = []
+    trainer.model.register_forward_hook(lambda *_: epochs.append(trainer.data_collator.epoch))
+    trainer.train()
+    assert epochs == 4 * [0] + 4 * [1] + 2 * [2]
 
 
 def test_every_epoch_has_its_masks(tmp_path: Path) -> None:
@@ -216,6 +273,11 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     with pytest.raises(ValueError, match="ElectraTrainer got a BertForMaskedLM; it trains EffElectraForJoint"):
         ElectraTrainer(BertForMaskedLM(tiny), arguments(tmp_path))
+    with pytest.raises(ValueError, match="ElectraTrainer got a Linear"):
+        ElectraTrainer(torch.nn.Linear(2, 2), arguments(tmp_path))
+    model = EffElectraForJointPreTraining(joint_config())
+    with pytest.raises(ValueError, match="label_smoothing_factor = 0.1"):
+        ElectraTrainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
 
 
 SHARDED = """

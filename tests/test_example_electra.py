@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from helpers import no_warnings
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -54,6 +55,9 @@ def test_from_a_text_file_to_two_models_and_on_after_a_break(texts: Path) -> Non
     more = example(texts, *options, "--steps", "8", "--resume")
     assert more.returncode == 0, more.stderr
     assert (out / "checkpoint-8").is_dir() and "after 8 steps" in more.stdout
+    other = example(texts, *options, "--steps", "9", "--resume", "--family", "eff_performer")
+    assert other.returncode == 1 and "checkpoint-8 is of another model" in other.stderr
+    assert "Traceback" not in other.stderr and not (out / "checkpoint-9").exists()
 
 
 def test_another_family_and_objective(texts: Path) -> None:
@@ -69,6 +73,11 @@ def test_another_family_and_objective(texts: Path) -> None:
         (["--dataset", "none.txt"], "Error: there is no file none.txt"),
         (["--dataset", "texts.txt", "--text-column", "body"], "Error: there is no column 'body', only text"),
         (["--dataset", "texts.txt", "--resume"], "holds no checkpoint to go on from"),
+        (["--dataset", "empty.txt"], "Error: empty.txt"),
+        (["--dataset", "one.txt"], "one.txt has 1 rows, and both sides need one"),
+        (["--dataset", "two.txt"], "Error: "),
+        (["--dataset", "numbers.csv"], "column 'text' has rows that are no text"),
+        (["--dataset", "texts.txt", "--tokenizer", "nowhere"], "Error: "),
         (["--dataset", "texts.txt", "--sharing", "all"], "give both the same size, or set sharing = 'none'"),
         (["--dataset", "texts.txt", "--family", "eff_reformer"], "eff_reformer has no such choice; leave it out"),
     ],
@@ -77,6 +86,9 @@ def test_wrong_input_is_explained_in_one_line(
     options: list[str], message: str, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(texts)
+    for name, text in {"empty.txt": "", "one.txt": "a b", "two.txt": "a\nb", "numbers.csv": "text\n1\n2\n3\n"}.items():
+        (texts / name).write_text(text)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(texts / "cache"))
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--cpu", *SHORT, "--steps", "1", *options])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(EXAMPLE), run_name="__main__")

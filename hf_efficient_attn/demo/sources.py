@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 
 LOADERS = {
@@ -51,7 +52,10 @@ def load_sides(
             if not Path(file).is_file():
                 raise ValueError(f"there is no file {file}: check the path.")
         options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        splits = load_dataset(LOADERS[path.suffix], data_files=files, **options)
+        try:
+            splits = load_dataset(LOADERS[path.suffix], data_files=files, **options)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{path} cannot be read as {path.suffix}, or is empty: {error}") from None
     elif path.is_file():
         raise ValueError(f"{path} ends in {path.suffix!r}, which is not known: pass {', '.join(LOADERS)}.")
     elif texts := sorted(path.glob("*/*.txt")):
@@ -68,6 +72,8 @@ def load_sides(
             raise ValueError(f"{source} has no split {name!r}: it has {', '.join(splits)}.")
     eval_split = eval_split or next((name for name in ("validation", "test") if name in splits), None)
     if eval_split is None:
+        if len(splits[train_split]) < 2:
+            raise ValueError(f"{source} has {len(splits[train_split])} rows, and both sides need one: give more.")
         splits = splits[train_split].train_test_split(test_size=eval_share, seed=seed)
         return splits["train"], splits["test"]
     return splits[train_split], splits[eval_split]

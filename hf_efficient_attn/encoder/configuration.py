@@ -69,7 +69,7 @@ class EffConfig(PreTrainedConfig):
         for name in self.original_fields_without_meaning:
             kwargs.pop(name, None)
         if not loaded:
-            self._refuse_unknown(kwargs)
+            refuse_unknown(self, kwargs)
         super().__post_init__(**kwargs)
         self.check()
 
@@ -136,14 +136,16 @@ class EffConfig(PreTrainedConfig):
             near = difflib.get_close_matches(value, ACT2FN, n=3) or ["gelu", "relu"]
             raise ValueError(f"{name} = {value!r} is not an activation; try {', '.join(near)}.")
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        names = {field.name for field in fields(self)}
-        known = _LIBRARY_NAMES | set(self.attribute_map)
-        unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
-            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; {hint}")
+
+def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for an argument that is no field of `config`, with the nearest name."""
+    names = {field.name for field in fields(config)}
+    known = _LIBRARY_NAMES | set(config.attribute_map)
+    unknown = [name for name in kwargs if name not in known and not name.startswith("_")]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "set it as an attribute after the config is built."
+        raise ValueError(f"{type(config).__name__} has no option {unknown[0]!r}; {hint}")
 
 
 @strict

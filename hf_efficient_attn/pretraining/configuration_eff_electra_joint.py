@@ -1,13 +1,14 @@
 """Config of the joint pretraining of a generator and a discriminator."""
 
 import copy
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ..encoder.configuration import EffEncoderConfig
+from ..encoder.configuration import EffEncoderConfig, refuse_unknown
 from ..models.eff_electra.configuration_eff_electra import EffElectraConfig
 from .sizes import electra_size
 
@@ -83,6 +84,8 @@ class EffElectraJointConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         EffEncoderConfig.prepare_first_use()
+        if not kwargs.pop("_loaded_from_dict", False):
+            refuse_unknown(self, kwargs)
         if self.discriminator is None:
             self.discriminator = EffElectraConfig()
         self.discriminator = _config_of("discriminator", self.discriminator)
@@ -91,6 +94,11 @@ class EffElectraJointConfig(PreTrainedConfig):
         self.generator = _config_of("generator", self.generator)
         super().__post_init__(**kwargs)
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffElectraJointConfig":
+        """As in transformers. Names that are no fields are kept as attributes: files may come from other versions."""
+        return super().from_dict({**config_dict, "_loaded_from_dict": True}, **kwargs)
 
     @classmethod
     def from_discriminator(
@@ -182,6 +190,9 @@ class EffElectraJointConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name in ("generator", "discriminator"):
+            if not hasattr(getattr(self, name), "vocab_size"):
+                raise ValueError(f"the {name} is a {type(getattr(self, name)).__name__}, which reads no text.")
         if self.generator.vocab_size != self.discriminator.vocab_size:
             raise ValueError(
                 f"the generator has {self.generator.vocab_size} tokens and the discriminator "
@@ -190,12 +201,20 @@ class EffElectraJointConfig(PreTrainedConfig):
         for name in ("generator", "discriminator"):
             if getattr(getattr(self, name), "is_decoder", False):
                 raise ValueError(f"the {name} has is_decoder = True, but its tokens attend later ones; set it False.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}: it must be above 0; 1 samples as the generator says.")
-        if self.discriminator_weight is not None and self.discriminator_weight < 0:
-            raise ValueError(f"discriminator_weight = {self.discriminator_weight}: it must be 0 or more.")
-        if self.sampling_seed is not None and self.sampling_seed < 0:
-            raise ValueError(f"sampling_seed = {self.sampling_seed}: it must be 0 or more, or None.")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(
+                f"temperature = {self.temperature}: give a number from 0.001 to 1000; 1 samples as the generator says."
+            )
+        weight = self.discriminator_weight
+        if weight is not None and not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"discriminator_weight = {weight}: it must be 0 or more, and finite.")
+        if self.sampling_seed is not None and not 0 <= self.sampling_seed < 2**63:
+            raise ValueError(f"sampling_seed = {self.sampling_seed}: give a number from 0 to 2 ** 63 - 1, or None.")
+        if not self.tie_word_embeddings and self.sharing != "none":
+            raise ValueError(
+                f"tie_word_embeddings = False with sharing = {self.sharing!r}: it unties everything; set sharing = "
+                "'none', and tie_word_embeddings in the configs of the two encoders."
+            )
         if self.generator_training == "adversarial" and not self.detects:
             raise ValueError(
                 f"generator_training = 'adversarial' with objective = {self.objective!r}: the reward is how badly "
@@ -244,15 +263,17 @@ def generator_config(discriminator: PreTrainedConfig, size: float, layers: float
         ValueError: a size or share of layers outside (0, 1], or a config that does not say its width.
     """
     for name, value in (("generator_size", size), ("generator_layers", layers)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} = {value}: the generator is a share of the discriminator, above 0 and at most 1.")
+        if not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(
+                f"{name} = {value!r}: the generator is a share of the discriminator, above 0 and at most 1."
+            )
     width, heads, inner, depth = (_field(discriminator, names) for names in (_WIDTHS, _HEADS, _INNER, _LAYERS))
     config = copy.deepcopy(discriminator)
     full = getattr(discriminator, width)
     if "embedding_size" in type(config).__dataclass_fields__:
         config.embedding_size = discriminator.embedding_size or full
     if size < 1:
-        head_dim = full // getattr(discriminator, heads)
+        head_dim = max(1, full // getattr(discriminator, heads))
         count = max(1, round(full * size / head_dim))
         setattr(config, heads, count)
         setattr(config, width, count * head_dim)

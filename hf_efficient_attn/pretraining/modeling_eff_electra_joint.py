@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from ..encoder.inputs import check_forward_kwargs, check_labels
+from ..encoder.inputs import check_forward_kwargs, check_ids, check_labels
 from .configuration_eff_electra_joint import EffElectraJointConfig
 from .objectives import adversarial_losses, copy_nll, detection_losses, mean, token_nll
 from .outputs import COUNTS, EffElectraJointOutput
@@ -56,10 +56,10 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs an EffElectraJointConfig, got a {type(config).__name__}.")
         config.check()
         super().__init__(config)
-        self.generator = make_masked_lm(config.generator)
-        self.discriminator = (
-            make_detector(config.discriminator) if config.detects else make_masked_lm(config.discriminator)
-        )
+        self.generator = make_masked_lm("generator", config.generator)
+        detects = config.detects
+        second = config.discriminator
+        self.discriminator = make_detector(second) if detects else make_masked_lm("discriminator", second)
         # One object each, so that what is changed later, such as the vocabulary, is saved.
         config.generator, config.discriminator = self.generator.config, self.discriminator.config
         self.copy_head = nn.Linear(_width(self.discriminator), 1) if config.objective == "all_tokens_mlm" else None
@@ -99,7 +99,13 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
                 f"stage = {self.config.stage!r}: the second stage follows the first one; build the model with "
                 "stage = 'generator'."
             )
-        names = tied_names(self.generator, self.discriminator, "all")
+        try:
+            names = tied_names(self.generator, self.discriminator, "all")
+        except ValueError as error:
+            raise ValueError(
+                "the discriminator starts with the generator's weights, which takes encoders of one size: derive the "
+                f"generator with generator_size = 1 ({error})"
+            ) from None
         with torch.no_grad():
             for ours, theirs in names.items():
                 self.get_parameter(theirs).copy_(self.get_parameter(ours))
@@ -155,8 +161,12 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             ValueError: shapes that do not fit, labels outside the vocabulary, an argument that would be ignored.
         """
         check_forward_kwargs(kwargs, type(self).__name__)
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} = True: ask model.generator or model.discriminator for them, there are two.")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [batch, length], got shape {list(input_ids.shape)}.")
+        check_ids("input_ids", input_ids, *input_ids.shape, self.config.vocab_size)
         input_ids = input_ids.long()
         keep = padding_mask(input_ids, attention_mask, self.config.pad_token_id)
         given = {
@@ -168,18 +178,23 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             return EffElectraJointOutput(discriminator_logits=self._detect(input_ids, keep, given))
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must be [batch, length] = {list(input_ids.shape)}, got {list(labels.shape)}.")
+        if labels.dtype == torch.bool:
+            raise ValueError(
+                "labels are torch.bool; these are the original tokens where they are predicted, else -100."
+            )
         check_labels("labels", labels, self.config.vocab_size, "these are the original tokens.")
         masked = (labels != -100) & keep
         original = torch.where(masked, labels, input_ids)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.stage != "discriminator"):
             logits, states = self._generate(input_ids, keep, masked, given)
-        sampled = self._sample(logits, original, keep, masked)
+        drawn_from = self._drawn_from(logits)
+        sampled = self._sample(drawn_from, original, keep, masked)
         corrupted = original.masked_scatter(masked, sampled)
         is_replaced = (corrupted != original) & keep
         targets = original[masked]
         counts = {
-            "batches": torch.ones((), device=logits.device),
+            "texts": torch.tensor(len(input_ids), device=logits.device),
             "tokens": keep.sum(),
             "masked": masked.sum(),
             "generator_correct": (logits.argmax(dim=-1) == targets).sum(),
@@ -194,13 +209,16 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             counts |= _detection_counts(found, is_replaced, keep)
             losses = detection_losses(found, is_replaced)
             discriminator_loss = mean(losses[masked if self.config.objective == "electra_15" else keep])
-            generator_loss = self._generator_loss(logits, states, targets, sampled, losses[masked].detach())
+            generator_loss = mean(token_nll(logits, targets))
+            if self.baseline is not None:
+                generator_loss = self._adversarial_loss(drawn_from, states, sampled, losses[masked].detach())
         else:
             generator_loss = mean(token_nll(logits, targets))
             discriminator_loss = self._predict(corrupted, original, keep, masked, given)
         parts = {"generator": generator_loss, "discriminator": self.config.loss_weight * discriminator_loss}
-        counts |= {"generator_loss": generator_loss.detach(), "discriminator_loss": discriminator_loss.detach()}
-        zero = counts["batches"] * 0
+        counts["generator_loss"] = generator_loss.detach() * len(input_ids)
+        counts["discriminator_loss"] = discriminator_loss.detach() * len(input_ids)
+        zero = counts["texts"] * 0
         return EffElectraJointOutput(
             loss=parts.get(self.config.stage, sum(parts.values())),
             discriminator_logits=found,
@@ -219,11 +237,20 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             self.generator, masked, input_ids=ids, attention_mask=keep.long(), **inputs_for(self.generator, given)
         )
 
+    def _drawn_from(self, logits: Tensor) -> Tensor:
+        """Logits of the distribution that is sampled: at the temperature, and never padding.
+
+        A token of padding in the middle of a text would move all positions after it where they go by the ids (RoBERTa).
+        """
+        logits = logits / self.config.temperature
+        pad = self.config.pad_token_id
+        return logits if pad is None else logits.index_fill(-1, torch.tensor([pad], device=logits.device), -torch.inf)
+
     def _sample(self, logits: Tensor, original: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
         """A token for each masked one, `[tokens]`."""
         seed = self.config.sampling_seed
         seeds = None if seed is None else row_seeds(seed, original, keep, masked)
-        return sample_tokens(logits.detach(), masked.sum(dim=1).tolist(), self.config.temperature, seeds)
+        return sample_tokens(logits, masked.sum(dim=1).tolist(), seeds)
 
     def _detect(self, ids: Tensor, keep: Tensor, given: dict[str, Tensor | None]) -> Tensor:
         """The discriminator's logits `[batch, length]`, above 0 = replaced."""
@@ -232,15 +259,10 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
                 f"objective = {self.config.objective!r}: this discriminator predicts tokens, which takes labels."
             )
         inputs = inputs_for(self.discriminator, given)
-        outputs = self.discriminator(input_ids=ids, attention_mask=keep.long(), **inputs)
-        return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        return self.discriminator(input_ids=ids, attention_mask=keep.long(), return_dict=True, **inputs)[0]
 
-    def _generator_loss(
-        self, logits: Tensor, states: Tensor, targets: Tensor, sampled: Tensor, rewards: Tensor
-    ) -> Tensor:
-        """What the generator learns from: the original tokens, or how badly its samples were detected."""
-        if self.baseline is None:
-            return mean(token_nll(logits, targets))
+    def _adversarial_loss(self, logits: Tensor, states: Tensor, sampled: Tensor, rewards: Tensor) -> Tensor:
+        """What a generator learns from that is to have its samples detected badly; `logits` are of what was sampled."""
         # The baseline predicts rewards; it is not to shape the states it reads.
         baseline_logits = self.baseline(states.detach()).squeeze(-1)
         policy, fit = adversarial_losses(logits, sampled, rewards, baseline_logits)

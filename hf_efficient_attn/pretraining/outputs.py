@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 
 COUNTS = (
-    "batches",
+    "texts",
     "generator_loss",
     "discriminator_loss",
     "tokens",
@@ -20,12 +20,12 @@ COUNTS = (
     "original_found",
     "original_missed",
 )
-"""Entries of a vector of counts: sums, so that those of batches, steps and ranks add up. Both losses are sums over
-batches; the last four are 0 where the discriminator does not detect replaced tokens."""
+"""Entries of a vector of counts: sums, so that those of batches, steps and ranks add up. Both losses are those of a
+batch times its texts; the last four are 0 where the discriminator does not detect replaced tokens."""
 
 
 def ratios(counts: Tensor, detects: bool = True) -> dict[str, float]:
-    """Figures of a vector of counts: both losses as means over batches, and shares between 0 and 1.
+    """Figures of a vector of counts: both losses as means over texts, and shares between 0 and 1.
 
     `generator_accuracy` is the share of masked tokens for which the generator's first choice is right, `replaced_rate`
     that of all tokens that were replaced. With `detects` precision and recall follow, of replaced and of original
@@ -36,10 +36,10 @@ def ratios(counts: Tensor, detects: bool = True) -> dict[str, float]:
     def share(part: float, rest: float) -> float:
         return part / (part + rest) if part + rest > 0 else 0.0
 
-    batches = max(1.0, sums["batches"])
+    texts = max(1.0, sums["texts"])
     found = {
-        "generator_loss": sums["generator_loss"] / batches,
-        "discriminator_loss": sums["discriminator_loss"] / batches,
+        "generator_loss": sums["generator_loss"] / texts,
+        "discriminator_loss": sums["discriminator_loss"] / texts,
         "generator_accuracy": sums["generator_correct"] / max(1.0, sums["masked"]),
         "replaced_rate": sums["replaced"] / max(1.0, sums["tokens"]),
     }

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, ElectraConfig, ElectraForPreTraining
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..auto import TEXT_FAMILIES
 from ..encoder.activations import activation
+from ..encoder.inputs import as_bool_mask
 
 
 _INPUTS = ("token_type_ids", "position_ids", "global_attention_mask")
@@ -40,11 +40,10 @@ class BackboneDetector(nn.Module):
         """The encoder's."""
         return self.backbone.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> BaseModelOutput:
-        """`[batch, length]` ids -> `logits` `[batch, length]`."""
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)[0]
-        logits = self.dense_prediction(self.activation(self.dense(states))).squeeze(-1)
-        return BaseModelOutput(logits)
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        """The encoder's inputs -> logits `[batch, length]`."""
+        states = self.backbone(**inputs)[0]
+        return (self.dense_prediction(self.activation(self.dense(states))).squeeze(-1),)
 
 
 def detector_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -61,21 +60,24 @@ def without_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
 
 
-def make_masked_lm(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new encoder with a masked-LM head; raises `ValueError` where there is none."""
-    try:
-        return AutoModelForMaskedLM.from_config(config)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+def check_encoder(name: str, config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a config of something else than an encoder with a masked-LM head."""
+    if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
         raise ValueError(
-            f"{type(config).__name__} has no class for masked language modelling; joint pretraining takes encoders "
-            "that have one."
-        ) from None
+            f"the {name} is a {type(config).__name__}, which is no encoder with a class for masked language modelling; "
+            "joint pretraining takes encoders that have one, such as BERT, RoBERTa, ELECTRA and those of this package."
+        )
+
+
+def make_masked_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A new encoder with a masked-LM head; `name` says for which part, in errors."""
+    check_encoder(name, config)
+    return AutoModelForMaskedLM.from_config(config)
 
 
 def make_detector(config: PreTrainedConfig) -> nn.Module:
     """A new encoder with a replaced-token head."""
+    check_encoder("discriminator", config)
     own = detector_class(config)
     if own is not None:
         return own._from_config(config)
@@ -127,7 +129,7 @@ def only_at(base: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
 def logits_at(model: PreTrainedModel, mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `[tokens, vocab_size]` and last states `[tokens, hidden]` of a masked-LM `model` at `mask` alone."""
     with only_at(model.base_model, mask) as states:
-        logits = model(**inputs).logits
+        logits = model(**inputs, return_dict=True).logits
     return logits[0], states[0][0]
 
 
@@ -135,8 +137,4 @@ def padding_mask(ids: Tensor, attention_mask: Tensor | None, pad_token_id: int |
     """Bool `[batch, length]`, True at tokens; without a mask padding is where the pad id stands."""
     if attention_mask is None:
         return torch.ones_like(ids, dtype=torch.bool) if pad_token_id is None else ids != pad_token_id
-    if attention_mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must be [batch, length] = {list(ids.shape)}, got shape {list(attention_mask.shape)}."
-        )
-    return attention_mask.bool()
+    return as_bool_mask("attention_mask", attention_mask, *ids.shape)

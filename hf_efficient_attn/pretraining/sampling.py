@@ -24,15 +24,12 @@ def row_seeds(seed: int, ids: Tensor, keep: Tensor, masked: Tensor) -> list[int]
 
 
 @torch.no_grad()
-def sample_tokens(
-    logits: Tensor, counts: list[int], temperature: float = 1.0, seeds: list[int] | None = None
-) -> Tensor:
-    """One token from each row of `softmax(logits / temperature)`, by the Gumbel-max trick. No gradient goes through.
+def sample_tokens(logits: Tensor, counts: list[int], seeds: list[int] | None = None) -> Tensor:
+    """One token from each row of `softmax(logits)`, by the Gumbel-max trick. No gradient goes through.
 
     Args:
         logits: `[tokens, vocab_size]`, the tokens of all texts in order.
         counts: how many of them each text has.
-        temperature: above 0.
         seeds: one number a text: its samples are then a pure function of it and of its logits. None takes torch's
             generator.
 
@@ -52,5 +49,5 @@ def sample_tokens(
         noise = torch.rand(part.shape, device=logits.device, generator=generator)
         # Gumbel noise is -log(-log(u)); u = 0 would be -inf for good, and u is never 1.
         noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_().log_().neg_()
-        sampled.append(noise.add_(part.float(), alpha=1.0 / temperature).argmax(dim=-1))
+        sampled.append(noise.add_(part.float()).argmax(dim=-1))
     return torch.cat(sampled)

@@ -1,5 +1,6 @@
 """From folders of a generator and a discriminator to a joint model, and back."""
 
+import copy
 import os
 from typing import Any
 
@@ -52,18 +53,28 @@ class PairFolders:
         second = discriminator
         if not isinstance(second, PreTrainedModel | BackboneDetector):
             second = _load_detector(second) if detects else _load_masked_lm(second)
-        joint = cls(EffElectraJointConfig(generator=first.config, discriminator=second.config, **options))
+        # Copies: what becomes of the joint model must not change the models that were given.
+        configs = {"generator": copy.deepcopy(first.config), "discriminator": copy.deepcopy(second.config)}
+        joint = cls(EffElectraJointConfig(**configs, **options))
+        if len(dtypes := {x.dtype for x in (*first.parameters(), *second.parameters())}) == 1:
+            joint.to(dtypes.pop())
         found = {**_named("generator", first), **_named("discriminator", second)}
+        new = ("baseline.", "copy_head.")
+        wanted = {name for name in joint.state_dict() if not name.startswith(new)}
+        for name in sorted(wanted - found.keys()):
+            raise ValueError(
+                f"there is no {name!r} in what was given; give models of these classes: {_classes(joint)}."
+            )
+        for name in sorted(found.keys() - wanted):
+            if "pooler." not in name:
+                raise ValueError(f"{name!r} has no place here; give models of these classes: {_classes(joint)}.")
         for ours, theirs in joint._tied_weights_keys.items():
             if not found[ours].equal(found[theirs]):
                 raise ValueError(
                     f"sharing = {joint.config.sharing!r}, but {ours} and {theirs} differ; these two were not trained "
                     "together: set sharing = 'none', or start from one of them."
                 )
-        missing = joint.load_state_dict(found, strict=False)
-        unknown = [name for name in missing.unexpected_keys if "pooler." not in name]
-        if unknown:
-            raise ValueError(f"{unknown[0]} has no place in {cls.__name__}; give models of its two classes.")
+        joint.load_state_dict(found, strict=False)
         return joint
 
     def save_generator(self, path: str | os.PathLike, stock: bool = False) -> None:
@@ -94,6 +105,10 @@ def _load_detector(source: str | os.PathLike) -> nn.Module:
         return own.from_pretrained(source)
     backbone_class = AutoModel._model_mapping[type(config)]
     return BackboneDetector(AutoModel.from_pretrained(source, **without_pooler(backbone_class)))
+
+
+def _classes(joint: Any) -> str:
+    return f"{type(joint.generator).__name__} and {type(joint.discriminator).__name__}"
 
 
 def _named(front: str, model: nn.Module) -> dict[str, Any]:
