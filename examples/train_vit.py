@@ -14,9 +14,11 @@ On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads tha
 """
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,14 @@ from transformers import (
 from hf_efficient_attn import ATTENTIONS, EffViTConfig, EffViTForImageClassification
 
 
+def options(text: str) -> dict[str, Any]:
+    """A JSON object, for argparse."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return found
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="folder of images, or a name on the Hub; default: handwritten digits")
@@ -41,11 +51,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--checkpoint", help="folder or Hub name of a ViT; default: a new small one")
     parser.add_argument("--attention", default="softmax", choices=list(ATTENTIONS))
-    parser.add_argument("--attention-options", type=json.loads, default={}, help="as JSON, such as '{\"radius\": 3}'")
+    parser.add_argument("--attention-options", type=options, default={}, help="as JSON, such as '{\"radius\": 3}'")
     parser.add_argument("--image-size", type=int, help="default: 16, or that of --checkpoint")
-    parser.add_argument("--patch-size", type=int, default=4, help="of a new model (default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=96, help="of a new model (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="of a new model (default: %(default)s)")
+    parser.add_argument("--patch-size", type=int, help="of a new model (default: 4)")
+    parser.add_argument("--hidden-size", type=int, help="of a new model (default: 96)")
+    parser.add_argument("--layers", type=int, help="of a new model (default: 4)")
     parser.add_argument("--epochs", type=float, default=50.0, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="(default: %(default)s)")
@@ -53,6 +63,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("vit-classifier"))
     arguments = parser.parse_args()
+    for name, default in {"patch_size": 4, "hidden_size": 96, "layers": 4}.items():
+        if arguments.checkpoint is not None and getattr(arguments, name) is not None:
+            parser.error(
+                f"--{name.replace('_', '-')} is of a new model, and --checkpoint has its own: give one of them"
+            )
+        setattr(arguments, name, default if getattr(arguments, name) is None else getattr(arguments, name))
+    if arguments.image_size is not None and arguments.image_size < 1:
+        parser.error(f"--image-size {arguments.image_size}: give 1 or more")
     if min(arguments.patch_size, arguments.hidden_size, arguments.layers, arguments.batch_size) < 1:
         parser.error("--patch-size, --hidden-size, --layers and --batch-size must be 1 or more")
     if arguments.hidden_size % 4:
@@ -136,9 +154,18 @@ def make_model(arguments: argparse.Namespace, labels: list[str]) -> PreTrainedMo
     return EffViTForImageClassification(config)
 
 
+def make_processor(checkpoint: str | None, height: int, width: int) -> ViTImageProcessorPil:
+    """The checkpoint's way of scaling and norming pixels, where it comes with one, at this size."""
+    size = {"size": {"height": height, "width": width}}
+    if checkpoint is not None:
+        with contextlib.suppress(OSError):
+            return ViTImageProcessorPil.from_pretrained(checkpoint, **size)
+    return ViTImageProcessorPil(**size)
+
+
 @torch.inference_mode()
 def attention_maps(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """How much of each patch goes into the class token, `[images, rows, columns]`, and what that is."""
+    """How much of each patch goes into what stands for an image, `[images, rows, columns]`, and what that is."""
     model.set_attn_implementation("eager")
     attentions = [weights.float() for weights in model(pixels, output_attentions=True).attentions]
     model.set_attn_implementation("sdpa")
@@ -146,18 +173,21 @@ def attention_maps(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.
     probabilities = all((x >= 0).all() and torch.allclose(x.sum(dim=-1), ones, atol=1e-3) for x in attentions)
     rows, columns = (size // step for size, step in zip(pixels.shape[2:], model.config.patch_shape, strict=True))
     first = model.config.num_prefix_tokens
+    # The class token, or with mean pooling all patches.
+    pooled = slice(0, 1) if model.config.pooling == "cls" else slice(first, None)
     if not probabilities:
         # Products of weights of either sign mean nothing.
-        return attentions[-1].mean(dim=1)[:, 0, first:].abs().unflatten(1, (rows, columns)), "last weights"
+        last = attentions[-1].mean(dim=1)[:, pooled, first:].mean(dim=1)
+        return last.abs().unflatten(1, (rows, columns)), "last weights"
     through = torch.eye(attentions[0].shape[-1])
     for weights in attentions:
         # Half of what a layer passes on goes past its attention.
         through = (0.5 * weights.mean(dim=1) + 0.5 * torch.eye(weights.shape[-1])) @ through
-    return through[:, 0, first:].unflatten(1, (rows, columns)), "rollout"
+    return through[:, pooled, first:].mean(dim=1).unflatten(1, (rows, columns)), "rollout"
 
 
 def draw(images: list[Image.Image], maps: torch.Tensor, guesses: list[str], title: str, path: Path) -> None:
-    """The images, and above them what the class token looks at."""
+    """The images, and below them what the model looks at."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,18 +200,23 @@ def draw(images: list[Image.Image], maps: torch.Tensor, guesses: list[str], titl
         axes[1, column].imshow(found.numpy(), cmap="magma")
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(f"Attention of the class token ({title})")
+    figure.suptitle(f"Attention ({title})")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def main() -> None:
     arguments = read_arguments()
-    train, held_out, labels = read_data(arguments)
-    torch.manual_seed(arguments.seed)
-    model = make_model(arguments, labels)
+    try:
+        train, held_out, labels = read_data(arguments)
+        torch.manual_seed(arguments.seed)
+        model = make_model(arguments, labels)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"Error: {' '.join(str(error).split())}") from None
+    if model.config.num_channels != 3:
+        raise SystemExit(f"Error: num_channels = {model.config.num_channels}: images are read as RGB, of 3.")
     height, width = model.config.image_shape
-    processor = ViTImageProcessorPil(size={"height": height, "width": width})
+    processor = make_processor(arguments.checkpoint, height, width)
     print(
         f"{len(train):,} images to learn and {len(held_out):,} held out, {len(labels)} labels; "
         f"{model.num_parameters():,} parameters, {arguments.attention} attention, {height} x {width} pixels"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -71,35 +72,74 @@ class DataCollatorWithPatchMask:
     Args:
         patch_size: of the model, one number or height and width.
 
-    Each feature has `pixel_values` `[channels, height, width]`; everything else goes through
-    `default_data_collator`. The batch has `pixel_values` `[batch, channels, height, width]`, in whole patches, and
-    `patch_mask` int64 `[batch, rows, columns]`. Images of one size stay as they are, without a mask.
+    Each feature has `pixel_values` `[channels, height, width]`, and may have `bool_masked_pos` `[rows, columns]` of its
+    patches, which is filled up with 0; everything else goes through `default_data_collator`. The batch has whole
+    patches `pixel_values` `[batch, channels, height, width]` and `patch_mask` int64 `[batch, rows, columns]`. Images of
+    one size stay as they are, without a mask.
 
     Raises:
-        ValueError: a feature without `pixel_values`, or of another shape.
+        ValueError: a patch size that is none; no features; one without `pixel_values`, of another shape or number of
+            channels, or with a `bool_masked_pos` that is not of its patches.
     """
 
     patch_size: int | Sequence[int] = 16
 
+    def __post_init__(self) -> None:
+        steps = self._steps
+        if len(steps) != 2 or not all(isinstance(step, int) and step > 0 for step in steps):
+            raise ValueError(f"patch_size = {self.patch_size!r}: give one number, or height and width, of 1 or more.")
+
+    @property
+    def _steps(self) -> tuple[int, ...]:
+        several = isinstance(self.patch_size, Sequence) and not isinstance(self.patch_size, str)
+        return tuple(self.patch_size) if several else (self.patch_size,) * 2
+
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate `features` into tensors."""
+        if not features:
+            raise ValueError("features = []: a batch needs at least one image.")
         images = [
             torch.as_tensor(feature["pixel_values"]) if "pixel_values" in feature else None for feature in features
         ]
+        channels = None if images[0] is None else images[0].shape[0]
         for row, image in enumerate(images):
-            if image is None or image.dim() != 3:
+            if image is None or image.dim() != 3 or 0 in image.shape or image.shape[0] != channels:
                 found = "none" if image is None else f"shape {list(image.shape)}"
-                raise ValueError(f"feature {row} needs pixel_values [channels, height, width], got {found}.")
-        others = [{name: x for name, x in feature.items() if name != "pixel_values"} for feature in features]
+                raise ValueError(
+                    f"feature {row} needs pixel_values [channels, height, width], with as many channels as the others, "
+                    f"got {found}."
+                )
+        own = ("pixel_values", "bool_masked_pos")
+        others = [{name: x for name, x in feature.items() if name not in own} for feature in features]
         batch = default_data_collator(others) if others[0] else {}
+        grids = [
+            [-(-size // step) for size, step in zip(image.shape[1:], self._steps, strict=True)] for image in images
+        ]
+        rows, columns = (max(grid[axis] for grid in grids) for axis in (0, 1))
+        if any("bool_masked_pos" in feature for feature in features):
+            batch["bool_masked_pos"] = self._masked_patches(features, grids, rows, columns)
         if len({image.shape for image in images}) == 1:
             return {"pixel_values": torch.stack(images), **batch}
-        steps = (self.patch_size,) * 2 if isinstance(self.patch_size, int) else tuple(self.patch_size)
-        grids = [[-(-size // step) for size, step in zip(image.shape[1:], steps, strict=True)] for image in images]
-        rows, columns = (max(grid[axis] for grid in grids) for axis in (0, 1))
-        pixels = images[0].new_zeros(len(images), images[0].shape[0], rows * steps[0], columns * steps[1])
+        dtype = reduce(torch.promote_types, (image.dtype for image in images))
+        height, width = rows * self._steps[0], columns * self._steps[1]
+        pixels = torch.zeros(len(images), channels, height, width, dtype=dtype)
         mask = torch.zeros(len(images), rows, columns, dtype=torch.long)
         for row, (image, grid) in enumerate(zip(images, grids, strict=True)):
             pixels[row, :, : image.shape[1], : image.shape[2]] = image
             mask[row, : grid[0], : grid[1]] = 1
         return {"pixel_values": pixels, "patch_mask": mask, **batch}
+
+    def _masked_patches(
+        self, features: list[dict[str, Any]], grids: list[list[int]], rows: int, columns: int
+    ) -> torch.Tensor:
+        """`bool_masked_pos` of all images, int64 `[batch, rows, columns]`."""
+        masked = torch.zeros(len(features), rows, columns, dtype=torch.long)
+        for row, (feature, grid) in enumerate(zip(features, grids, strict=True)):
+            given = torch.as_tensor(feature.get("bool_masked_pos", ()))
+            if list(given.shape) != grid:
+                raise ValueError(
+                    f"feature {row} needs bool_masked_pos [rows, columns] = {grid} of its patches, got shape "
+                    f"{list(given.shape)}."
+                )
+            masked[row, : grid[0], : grid[1]] = given
+        return masked

@@ -16,12 +16,14 @@ import hf_efficient_attn  # noqa: F401  (the Auto classes are to know its models
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "train_vit.py"
-SMALL = ["--hidden-size", "16", "--layers", "1", "--epochs", "2", "--batch-size", "8", "--output-dir", "out"]
+SMALL = ["--epochs", "2", "--batch-size", "8", "--output-dir", "out"]
+NEW_MODEL = ["--hidden-size", "16", "--layers", "1"]
 
 
 def example(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    command = [sys.executable, str(EXAMPLE), *SMALL, *options]
+    size = [] if "--checkpoint" in options else NEW_MODEL
+    command = [sys.executable, str(EXAMPLE), *SMALL, *size, *options]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -78,6 +80,13 @@ def test_fine_tunes_a_checkpoint_at_another_size(tmp_path: Path) -> None:
         (["--epochs", "0"], "must be above 0"),
         (["--output-dir", "file.txt"], "file.txt is a file"),
         (["--attention", "nonsense"], "invalid choice"),
+        (["--image-size", "0"], "--image-size 0: give 1 or more"),
+        (["--image-size", "18"], "is no multiple of patch_size"),
+        (["--attention-options", "[3]"], "[3] is no JSON object"),
+        (["--attention-options", '{"radius": 3}'], "no option of 'softmax'"),
+        (["--dataset", "nowhere/at-all"], "Error: "),
+        (["--checkpoint", "nowhere"], "Error: "),
+        (["--checkpoint", "nowhere", "--layers", "2"], "--layers is of a new model"),
         (["--dataset", "photos", "--label-column", "kind"], "--label-column kind: the data has image, label"),
     ],
 )

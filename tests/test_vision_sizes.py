@@ -1,10 +1,13 @@
 """Images of any size in vision families: positions, sizes that the patch does not divide, batches of mixed sizes."""
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import random_images
+from helpers import model_class, random_images, randomise_, tiny_config
 from test_vision_families import FAMILY, HEAD, build, result_of
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from hf_efficient_attn import DataCollatorWithPatchMask
@@ -105,3 +108,54 @@ def test_collator_pads_images_and_marks_their_patches() -> None:
     assert set(even) == {"pixel_values"}, "images of one size need no mask"
     with pytest.raises(ValueError, match="pixel_values"):
         DataCollatorWithPatchMask(patch_size=4)([{"image": 1}])
+
+
+def test_the_collator_of_other_patches_dtypes_and_masks() -> None:
+    """Patches that are no squares; numbers keep their values; masked patches come along."""
+    collate = DataCollatorWithPatchMask(patch_size=(2, 4))
+    images = [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 3, 9), 0.7)]
+    masked = [torch.ones(2, 1), torch.tensor([[0, 1, 0], [1, 0, 1]])]
+    batch = collate([{"pixel_values": x, "bool_masked_pos": y} for x, y in zip(images, masked, strict=True)])
+    assert batch["pixel_values"].shape == (2, 3, 4, 12) and batch["pixel_values"][1, 0, 0, 0] == 0.7
+    assert batch["patch_mask"].tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 1]]]
+    assert batch["bool_masked_pos"].tolist() == [[[1, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 1]]]
+
+
+@pytest.mark.parametrize("size", [0, "4", (4,), (4, 0), 2.0])
+def test_patch_sizes_that_are_none(size: Any) -> None:
+    with pytest.raises(ValueError, match="patch_size = .*: give one number, or height and width"):
+        DataCollatorWithPatchMask(patch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "a batch needs at least one image"),
+        ([{"pixel_values": torch.zeros(3, 4, 4)}, {"pixel_values": torch.zeros(1, 4, 4)}], "feature 1 needs"),
+        ([{"pixel_values": torch.zeros(3, 0, 4)}], "feature 0 needs pixel_values"),
+        (
+            [{"pixel_values": torch.zeros(3, 8, 4), "bool_masked_pos": torch.ones(1, 2)}],
+            r"feature 0 needs bool_masked_pos \[rows, columns\] = \[2, 1\]",
+        ),
+    ],
+)
+def test_features_that_do_not_fit(features: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataCollatorWithPatchMask(patch_size=4)(features)
+
+
+def test_the_loss_of_masked_patches_does_not_depend_on_batch_mates() -> None:
+    """Of an image that patches do not divide, too."""
+    config = tiny_config("eff_vit", image_size=16, patch_size=4, encoder_stride=4)
+    model = randomise_(model_class("eff_vit", "AutoModelForMaskedImageModeling")(config))
+    generator = torch.Generator().manual_seed(0)
+    small, large = (torch.randn(3, *size, generator=generator) for size in ((9, 7), (16, 16)))
+    masked = torch.zeros(3, 2).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(1.0))
+    pair = [
+        {"pixel_values": small, "bool_masked_pos": masked},
+        {"pixel_values": large, "bool_masked_pos": masked.new_zeros(4, 4)},
+    ]
+    together = model(**DataCollatorWithPatchMask(4)(pair)).loss
+    assert_close(together, model(small[None], bool_masked_pos=masked[None]).loss)
+    with pytest.raises(ValueError, match=r"bool_masked_pos must be \[batch, patches\] = \[1, 6\]"):
+        model(small[None], bool_masked_pos=masked.T[None])

@@ -21,10 +21,11 @@ class NeighborhoodOptions:
 
     def check_options(self) -> None:
         """Raises `ValueError` for a value that breaks a rule."""
-        values = [self.radius] * 2 if isinstance(self.radius, int) else list(self.radius)
-        if len(values) != 2 or min(values) < 0:
+        values = list(self.radius) if isinstance(self.radius, list | tuple) else [self.radius] * 2
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in values)
+        if len(values) != 2 or not whole or min(values) < 0:
             raise ValueError(
-                f"radius = {self.radius}: give one number, or one for rows and one for columns, of 0 or more."
+                f"radius = {self.radius!r}: give one whole number, or one for rows and one for columns, of 0 or more."
             )
 
 

@@ -175,4 +175,10 @@ class EffVisionModel(RecordingModel):
                 f"{type(self).__name__} got bool_masked_pos, but it was built without a mask token; use "
                 "...ForMaskedImageModeling, or use_mask_token=True."
             )
-        return as_bool_mask("bool_masked_pos", bool_masked_pos.flatten(1), batch, grid[0] * grid[1])
+        rows, columns = grid
+        if tuple(bool_masked_pos.shape) not in ((batch, rows * columns), (batch, rows, columns)):
+            raise ValueError(
+                f"bool_masked_pos must be [batch, patches] = [{batch}, {rows * columns}] or [batch, rows, columns] = "
+                f"[{batch}, {rows}, {columns}], with 1 at masked patches, got shape {list(bool_masked_pos.shape)}."
+            )
+        return as_bool_mask("bool_masked_pos", bool_masked_pos.flatten(1), batch, rows * columns)

@@ -92,7 +92,7 @@ class ForMaskedImageModeling(VisionTaskModel):
         Returns:
             `reconstruction` `[batch, channels, height, width]` (of `encoder_stride` pixels a patch, without those that
             an uneven image was filled up with), and with `bool_masked_pos` the `loss`: the mean distance of the pixels
-            of masked patches, 0 if there are none.
+            of masked patches, fill included, 0 if there are none.
 
         Raises:
             ValueError: `bool_masked_pos` where `encoder_stride` is not the patch size; see the base model.
@@ -108,13 +108,15 @@ class ForMaskedImageModeling(VisionTaskModel):
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         predicted = self.decoder(patches.transpose(1, 2).unflatten(2, grid))
         loss = None
-        if self.config.patch_shape == (stride, stride):
-            predicted = _first_pixels(predicted, pixel_values)
         if bool_masked_pos is not None:
             counted = bool_masked_pos.flatten(1).unflatten(1, grid).bool()
             mask = self.base_model.bool_patch_mask(patch_mask, counted.shape[0], grid)
             counted = counted if mask is None else counted & mask
-            loss = _masked_distance(predicted, pixel_values, counted, stride)
+            # What an uneven image is filled up with counts as zeros: in a batch of several sizes it stands there, too.
+            whole = _first_pixels(self.base_model.embeddings.whole_patches(pixel_values), predicted)
+            loss = _masked_distance(predicted, whole, counted, stride)
+        if self.config.patch_shape == (stride, stride):
+            predicted = _first_pixels(predicted, pixel_values)
         return MaskedImageModelingOutput(
             loss=loss, reconstruction=predicted, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -134,7 +136,7 @@ def _first_pixels(whole: Tensor, pixel_values: Tensor) -> Tensor:
 def _masked_distance(predicted: Tensor, pixel_values: Tensor, counted: Tensor, stride: int) -> Tensor:
     """Mean of `|predicted - pixel_values|` over the channels and the pixels of patches `counted` `[batch, *grid]`."""
     pixels = counted.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
-    pixels = _first_pixels(pixels[:, None], pixel_values)
+    pixels = pixels[:, None]
     # Where nothing counts, not even inf or NaN may.
     target = torch.where(pixels, pixel_values.to(predicted.dtype), 0.0)
     distance = (predicted - target).abs().float()

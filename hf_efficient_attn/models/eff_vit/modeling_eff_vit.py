@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import re
 from typing import Any
 
@@ -97,8 +98,15 @@ class EffViTPreTrainedModel(EffVisionPreTrainedModel):
         if config is None:
             kwargs = dict(kwargs)
             return None, kwargs, kwargs.pop("image_size", None)
+        if isinstance(config, str | os.PathLike):
+            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+            config, rest = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
+            kwargs = {**where, **rest}
         if not isinstance(config, EffViTConfig):
-            config = cls.config_class.from_pretrained(config)
+            raise ValueError(
+                f"config is a {type(config).__name__}; give an EffViTConfig, or the folder of one: "
+                "EffViTConfig.from_pretrained reads those of transformers' ViT."
+            )
         stored = cls._stored_image_size(source, config, kwargs)
         if stored is None or pair(stored) == config.image_shape:
             return config, kwargs, None
