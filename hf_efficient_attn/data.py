@@ -72,10 +72,10 @@ class DataCollatorWithPatchMask:
     Args:
         patch_size: of the model, one number or height and width.
 
-    Each feature has `pixel_values` `[channels, height, width]`, and may have `bool_masked_pos` `[rows, columns]` of its
-    patches, which is filled up with 0; everything else goes through `default_data_collator`. The batch has whole
-    patches `pixel_values` `[batch, channels, height, width]` and `patch_mask` int64 `[batch, rows, columns]`. Images of
-    one size stay as they are, without a mask.
+    Each feature has `pixel_values` `[channels, height, width]`, and may have `bool_masked_pos` of its patches, `[rows,
+    columns]` or `[patches]`, which is filled up with 0; everything else goes through `default_data_collator`. The batch
+    has whole patches `pixel_values` `[batch, channels, height, width]` and `patch_mask` int64 `[batch, rows, columns]`.
+    Images of one size stay as they are, without a mask.
 
     Raises:
         ValueError: a patch size that is none; no features; one without `pixel_values`, of another shape or number of
@@ -136,6 +136,8 @@ class DataCollatorWithPatchMask:
         masked = torch.zeros(len(features), rows, columns, dtype=torch.long)
         for row, (feature, grid) in enumerate(zip(features, grids, strict=True)):
             given = torch.as_tensor(feature.get("bool_masked_pos", ()))
+            if list(given.shape) == [grid[0] * grid[1]]:
+                given = given.unflatten(0, grid)
             if list(given.shape) != grid:
                 raise ValueError(
                     f"feature {row} needs bool_masked_pos [rows, columns] = {grid} of its patches, got shape "

@@ -115,7 +115,9 @@ def test_the_collator_of_other_patches_dtypes_and_masks() -> None:
     collate = DataCollatorWithPatchMask(patch_size=(2, 4))
     images = [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 3, 9), 0.7)]
     masked = [torch.ones(2, 1), torch.tensor([[0, 1, 0], [1, 0, 1]])]
+    flat = collate([{"pixel_values": x, "bool_masked_pos": y.flatten()} for x, y in zip(images, masked, strict=True)])
     batch = collate([{"pixel_values": x, "bool_masked_pos": y} for x, y in zip(images, masked, strict=True)])
+    assert torch.equal(flat["bool_masked_pos"], batch["bool_masked_pos"])
     assert batch["pixel_values"].shape == (2, 3, 4, 12) and batch["pixel_values"][1, 0, 0, 0] == 0.7
     assert batch["patch_mask"].tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 1]]]
     assert batch["bool_masked_pos"].tolist() == [[[1, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 1]]]
