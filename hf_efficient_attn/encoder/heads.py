@@ -182,12 +182,12 @@ class ActivatedClassificationHead(DenseClassificationHead):
 class ReplacedTokenHead(nn.Module):
     """ELECTRA's `discriminator_predictions`: dense, activation, one logit a token, above 0 = replaced."""
 
-    def __init__(self, config: EffEncoderConfig) -> None:
+    def __init__(self, width: int, hidden_size: int, hidden_act: str) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.output_size, config.hidden_size)
-        self.activation = activation(config.hidden_act)
-        self.dense_prediction = nn.Linear(config.hidden_size, 1)
+        self.dense = nn.Linear(width, hidden_size)
+        self.activation = activation(hidden_act)
+        self.dense_prediction = nn.Linear(hidden_size, 1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[batch, length, output_size]` -> `[batch, length]`."""
+        """`[batch, length, width]` -> `[batch, length]`."""
         return self.dense_prediction(self.activation(self.dense(hidden_states))).squeeze(-1)

@@ -135,7 +135,7 @@ class ForReplacedTokenDetection(TaskModel):
     task = "replaced-token-detection"
 
     def _add_head(self, config: EffEncoderConfig) -> None:
-        self.discriminator_predictions = ReplacedTokenHead(config)
+        self.discriminator_predictions = ReplacedTokenHead(config.output_size, config.hidden_size, config.hidden_act)
 
     @can_return_tuple
     def forward(

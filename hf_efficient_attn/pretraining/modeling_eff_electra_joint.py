@@ -57,9 +57,8 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         config.check()
         super().__init__(config)
         self.generator = make_masked_lm("generator", config.generator)
-        detects = config.detects
         second = config.discriminator
-        self.discriminator = make_detector(second) if detects else make_masked_lm("discriminator", second)
+        self.discriminator = make_detector(second) if config.detects else make_masked_lm("discriminator", second)
         # One object each, so that what is changed later, such as the vocabulary, is saved.
         config.generator, config.discriminator = self.generator.config, self.discriminator.config
         self.copy_head = nn.Linear(_width(self.discriminator), 1) if config.objective == "all_tokens_mlm" else None
@@ -188,7 +187,8 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.stage != "discriminator"):
             logits, states = self._generate(input_ids, keep, masked, given)
-        drawn_from = self._drawn_from(logits)
+        # Only an adversarial generator learns from what it sampled.
+        drawn_from = self._drawn_from(logits.detach() if self.baseline is None else logits)
         sampled = self._sample(drawn_from, original, keep, masked)
         corrupted = original.masked_scatter(masked, sampled)
         is_replaced = (corrupted != original) & keep
@@ -202,19 +202,18 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         }
         found: Tensor | None = None
         if self.config.stage == "generator":
-            generator_loss = mean(token_nll(logits, targets))
-            discriminator_loss = generator_loss.new_zeros(())
+            discriminator_loss = torch.zeros((), device=logits.device)
         elif self.config.detects:
             found = self._detect(corrupted, keep, given)
-            counts |= _detection_counts(found, is_replaced, keep)
+            counts |= _detection_counts(found[keep] > 0, is_replaced[keep])
             losses = detection_losses(found, is_replaced)
             discriminator_loss = mean(losses[masked if self.config.objective == "electra_15" else keep])
-            generator_loss = mean(token_nll(logits, targets))
-            if self.baseline is not None:
-                generator_loss = self._adversarial_loss(drawn_from, states, sampled, losses[masked].detach())
         else:
-            generator_loss = mean(token_nll(logits, targets))
             discriminator_loss = self._predict(corrupted, original, keep, masked, given)
+        if self.baseline is None:
+            generator_loss = mean(token_nll(logits, targets))
+        else:
+            generator_loss = self._adversarial_loss(drawn_from, states, sampled, losses[masked].detach())
         parts = {"generator": generator_loss, "discriminator": self.config.loss_weight * discriminator_loss}
         counts["generator_loss"] = generator_loss.detach() * len(input_ids)
         counts["discriminator_loss"] = discriminator_loss.detach() * len(input_ids)
@@ -287,13 +286,13 @@ def _width(model: nn.Module) -> int:
     return getattr(config, "output_size", None) or config.hidden_size
 
 
-def _detection_counts(logits: Tensor, is_replaced: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    called = logits > 0
+def _detection_counts(called: Tensor, is_replaced: Tensor) -> dict[str, Tensor]:
+    """Of tokens `[tokens]` that were called replaced or not, and are or are not: both bool."""
     return {
-        "replaced_found": (called & is_replaced & keep).sum(),
-        "replaced_missed": (~called & is_replaced & keep).sum(),
-        "original_found": (~called & ~is_replaced & keep).sum(),
-        "original_missed": (called & ~is_replaced & keep).sum(),
+        "replaced_found": (called & is_replaced).sum(),
+        "replaced_missed": (~called & is_replaced).sum(),
+        "original_found": (~called & ~is_replaced).sum(),
+        "original_missed": (called & ~is_replaced).sum(),
     }
 
 

@@ -1,6 +1,7 @@
 """The two encoders of joint pretraining, of whatever family."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,23 +13,21 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..auto import TEXT_FAMILIES
-from ..encoder.activations import activation
+from ..encoder.heads import ReplacedTokenHead
 from ..encoder.inputs import as_bool_mask
 
 
 _INPUTS = ("token_type_ids", "position_ids", "global_attention_mask")
 
 
-class BackboneDetector(nn.Module):
+class BackboneDetector(ReplacedTokenHead):
     """ELECTRA's head on an encoder of transformers for which there is no class with such a head."""
 
     def __init__(self, backbone: PreTrainedModel) -> None:
-        super().__init__()
         config = backbone.config
+        act = getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
+        super().__init__(config.hidden_size, config.hidden_size, act)
         self.backbone = backbone
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = activation(getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu"))
-        self.dense_prediction = nn.Linear(config.hidden_size, 1)
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -42,8 +41,7 @@ class BackboneDetector(nn.Module):
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
         """The encoder's inputs -> logits `[batch, length]`."""
-        states = self.backbone(**inputs)[0]
-        return (self.dense_prediction(self.activation(self.dense(states))).squeeze(-1),)
+        return (super().forward(self.backbone(**inputs)[0]),)
 
 
 def detector_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -52,12 +50,6 @@ def detector_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     if family is not None:
         return getattr(family.module("modeling"), family.detector_name)
     return ElectraForPreTraining if isinstance(config, ElectraConfig) else None
-
-
-def without_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
-    """Arguments that leave the pooler out, which would never get a gradient."""
-    known = inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
 
 
 def check_encoder(name: str, config: PreTrainedConfig) -> None:
@@ -75,14 +67,18 @@ def make_masked_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_config(config)
 
 
-def make_detector(config: PreTrainedConfig) -> nn.Module:
-    """A new encoder with a replaced-token head."""
+def make_detector(config: PreTrainedConfig, source: str | os.PathLike | None = None) -> nn.Module:
+    """An encoder with a replaced-token head: a new one, or that of the folder or Hub name `source`."""
     check_encoder("discriminator", config)
     own = detector_class(config)
     if own is not None:
-        return own._from_config(config)
-    backbone_class = AutoModel._model_mapping[type(config)]
-    return BackboneDetector(AutoModel.from_config(config, **without_pooler(backbone_class)))
+        return own._from_config(config) if source is None else own.from_pretrained(source)
+    # A pooler would never get a gradient.
+    known = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
+    if source is None:
+        return BackboneDetector(AutoModel.from_config(config, **options))
+    return BackboneDetector(AutoModel.from_pretrained(source, **options))
 
 
 def inputs_for(model: nn.Module, given: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, ElectraConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, ElectraConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_eff_electra_joint import DETECTING, EffElectraJointConfig
-from .parts import BackboneDetector, detector_class, without_pooler
+from .parts import BackboneDetector, make_detector
 
 
 # What transformers' ELECTRA cannot hold, with the value it has there.
@@ -48,11 +48,15 @@ class PairFolders:
         >>> model = EffElectraForJointPreTraining.from_pretrained_pair(*pair)
         ```
         """
-        first = generator if isinstance(generator, PreTrainedModel) else _load_masked_lm(generator)
-        detects = options.get("objective", DETECTING[0]) in DETECTING
-        second = discriminator
+        first, second = generator, discriminator
+        if not isinstance(first, PreTrainedModel):
+            first = AutoModelForMaskedLM.from_pretrained(first)
         if not isinstance(second, PreTrainedModel | BackboneDetector):
-            second = _load_detector(second) if detects else _load_masked_lm(second)
+            detects = options.get("objective", DETECTING[0]) in DETECTING
+            if detects:
+                second = make_detector(AutoConfig.from_pretrained(second), second)
+            else:
+                second = AutoModelForMaskedLM.from_pretrained(second)
         # Copies: what becomes of the joint model must not change the models that were given.
         configs = {"generator": copy.deepcopy(first.config), "discriminator": copy.deepcopy(second.config)}
         joint = cls(EffElectraJointConfig(**configs, **options))
@@ -92,19 +96,6 @@ class PairFolders:
             ValueError: `stock` for a model that transformers' ELECTRA cannot hold; the message names the field.
         """
         _save(self.discriminator, path, stock)
-
-
-def _load_masked_lm(source: str | os.PathLike) -> PreTrainedModel:
-    return AutoModelForMaskedLM.from_pretrained(source)
-
-
-def _load_detector(source: str | os.PathLike) -> nn.Module:
-    config = AutoConfig.from_pretrained(source)
-    own = detector_class(config)
-    if own is not None:
-        return own.from_pretrained(source)
-    backbone_class = AutoModel._model_mapping[type(config)]
-    return BackboneDetector(AutoModel.from_pretrained(source, **without_pooler(backbone_class)))
 
 
 def _classes(joint: Any) -> str:

@@ -41,6 +41,11 @@ def published_name(name: str) -> str:
     return name
 
 
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that say where a folder is."""
+    return {name: kwargs[name] for name in _WHERE if name in kwargs}
+
+
 def _rename_in_place(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before `load_state_dict`: published names, whichever of both spellings came."""
     for name in list(state_dict):
@@ -99,9 +104,8 @@ class EffViTPreTrainedModel(EffVisionPreTrainedModel):
             kwargs = dict(kwargs)
             return None, kwargs, kwargs.pop("image_size", None)
         if isinstance(config, str | os.PathLike):
-            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
             config, rest = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
-            kwargs = {**where, **rest}
+            kwargs = {**_where(kwargs), **rest}
         if not isinstance(config, EffViTConfig):
             raise ValueError(
                 f"config is a {type(config).__name__}; give an EffViTConfig, or the folder of one: "
@@ -118,8 +122,7 @@ class EffViTPreTrainedModel(EffVisionPreTrainedModel):
     def _stored_image_size(cls, source: Any, config: EffViTConfig, kwargs: dict[str, Any]) -> Any:
         """What the position table of a folder, or of a `state_dict` without one, is for; None if that is not known."""
         if source is not None:
-            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-            return cls.config_class.get_config_dict(source, **where)[0].get("image_size")
+            return cls.config_class.get_config_dict(source, **_where(kwargs))[0].get("image_size")
         tables = [x for name, x in (kwargs.get("state_dict") or {}).items() if name.endswith("position_embeddings")]
         if not tables:
             return None
