@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES, ROW_IDS, ROWS, Case, paddings, qkv, slots
-from test_families import FAMILY, HEAD, batch_of, build
+from test_families import FAMILY, HEADS, batch_of, build
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -116,8 +116,12 @@ def test_compiled_training_gives_equal_gradients(family: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@HEAD
-@pytest.mark.parametrize("hidden_states", [False, True])
+# Recorded states are the base model's, in whichever head.
+PROGRAMS = [(family, auto, False) for family, auto in HEADS]
+PROGRAMS += [(family, auto, True) for family, auto in HEADS if auto in ("AutoModel", "AutoModelForCausalLM")]
+
+
+@pytest.mark.parametrize(("family", "auto", "hidden_states"), PROGRAMS)
 def test_the_exported_program_is_the_model_at_any_shape(family: str, auto: str, hidden_states: bool) -> None:
     model = build(family, auto, max_position_embeddings=300)
     function = Exported(model, hidden_states)

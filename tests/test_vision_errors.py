@@ -38,6 +38,8 @@ def test_wrong_options_are_refused(family: str, name: str) -> None:
 CALLS: dict[str, tuple[dict[str, object], str]] = {
     "nothing": ({}, "needs pixel_values"),
     "no batch": ({"pixel_values": torch.zeros(3, 16, 12)}, r"must be \[batch, 3, height, width\]"),
+    "a list": ({"pixel_values": torch.zeros(2, 3, 16, 12).tolist()}, "pixel_values is a list; give a tensor"),
+    "numpy": ({"pixel_values": torch.zeros(2, 3, 16, 12).numpy()}, "is a ndarray; .* return_tensors='pt'"),
     "channels": ({"pixel_values": torch.zeros(2, 1, 16, 12)}, "num_channels = 3"),
     "empty": ({"pixel_values": torch.zeros(2, 3, 0, 12)}, "empty"),
     "mask of pixels": ({"patch_mask": torch.ones(2, 16, 12)}, r"\[2, 4, 3\] of patches"),

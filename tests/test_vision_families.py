@@ -2,14 +2,13 @@
 
 import copy
 import pickle
-import tempfile
 
 import pytest
 import torch
 from helpers import feed_forward_of, layers_of, model_class, random_images, randomise_, tiny_config
 from test_families import _Allocations
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_efficient_attn.attention import ATTENTIONS
 from hf_efficient_attn.auto import VISION_FAMILIES
@@ -264,33 +263,6 @@ def test_copies_and_pickles_still_record(family: str, auto: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, states, strict=True))
 
 
-@HEAD
-@MECHANISM
-def test_loads_through_meta_device_and_dtype(family: str, auto: str, mechanism: str) -> None:
-    model = build(family, auto, mechanism)
-    inputs = batch_of(auto, 2, 20, 28)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        cls = type(model)
-        for loaded in (cls.from_pretrained(folder), cls.from_pretrained(folder, device_map="cpu")):
-            assert not any(x.is_meta for x in (*loaded.parameters(), *loaded.buffers()))
-            for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
-                assert torch.equal(a, b), name
-            torch.testing.assert_close(result_of(loaded.eval(), inputs), result_of(model, inputs), rtol=1e-6, atol=1e-6)
-        half = cls.from_pretrained(folder, dtype=torch.bfloat16)
-        assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
-        assert result_of(half.eval(), inputs).dtype == torch.bfloat16
-
-
-@FAMILY
-def test_fresh_weights_are_drawn_and_masks_start_at_zero(family: str) -> None:
-    model = model_class(family, "AutoModelForMaskedImageModeling")(tiny_config(family, num_register_tokens=2))
-    embeddings = model.base_model.embeddings
-    for tokens in (embeddings.cls_token, embeddings.register_tokens, embeddings.position_embeddings):
-        assert 0.005 < tokens.std() < 0.04, "initializer_range is 0.02"
-    assert (embeddings.mask_token == 0).all()
-
-
 @FAMILY
 @MECHANISM
 @pytest.mark.parametrize(
@@ -382,33 +354,3 @@ def test_layers_of_the_users_own(family: str) -> None:
     loss_of(model, batch_of("AutoModelForImageClassification", 2)).backward()
     assert len(seen) == 1
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@FAMILY
-def test_backbone(family: str) -> None:
-    config = tiny_config(family, out_features=["stem", "stage2"])
-    backbone = AutoBackbone.from_config(config)
-    assert type(backbone) is model_class(family, "AutoBackbone")
-    assert backbone.out_indices == [0, 2] and backbone.channels == [32, 32]
-    randomise_(backbone)
-    images = random_images(2, 20, 28)
-    outputs = backbone(images, output_hidden_states=True)
-    assert [x.shape for x in outputs.feature_maps] == [(2, 32, 5, 7)] * 2 and len(outputs.hidden_states) == 3
-    for index, feature_map in zip((0, 2), outputs.feature_maps, strict=True):
-        states = backbone.vit.layernorm(outputs.hidden_states[index])[:, 1:]
-        assert torch.equal(feature_map.flatten(2).transpose(1, 2), states)
-    assert backbone(images).hidden_states is None
-    backbone.out_indices = [1]
-    assert backbone.out_features == ["stage1"] and len(backbone(images).feature_maps) == 1
-    backbone.out_features = ["stage2"]
-    assert backbone.out_indices == [2]
-    with pytest.raises(ValueError, match="'stage9'; the stages are stem, stage1, stage2"):
-        backbone.out_features = ["stage9"]
-    assert backbone.out_indices == [2], "a refused choice changes nothing"
-    with tempfile.TemporaryDirectory() as folder:
-        backbone.save_pretrained(folder)
-        again = type(backbone).from_pretrained(folder).eval()
-    assert again.out_features == ["stage2"]
-    assert torch.equal(again(images).feature_maps[0], backbone(images).feature_maps[0])
-    backbone.config.reshape_hidden_states, backbone.config.apply_layernorm = False, False
-    assert torch.equal(backbone(images).feature_maps[0], outputs.hidden_states[2])

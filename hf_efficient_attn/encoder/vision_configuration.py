@@ -67,6 +67,14 @@ class EffVisionConfig(EffConfig):
     reshape_hidden_states: bool = True
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EffVisionConfig":
+        """As in transformers; the caller's `out_features` or `out_indices` take the place of both stored ones."""
+        stages = ("out_features", "out_indices")
+        if any(name in kwargs for name in stages):
+            config_dict = {**config_dict, **dict.fromkeys(stages)}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def convert_original(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """See `EffConfig.convert_original`: there a table is for the whole patches of an image, the rest is dropped."""
         image, patch = (config_dict.get(name) for name in ("image_size", "patch_size"))

@@ -152,6 +152,11 @@ class EffVisionModel(RecordingModel):
         self.check_wanted_weights(kwargs)
         if pixel_values is None:
             raise ValueError(f"{type(self).__name__} needs pixel_values [batch, channels, height, width].")
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                f"pixel_values is a {type(pixel_values).__name__}; give a tensor [batch, channels, height, width], "
+                "such as that of an image processor called with return_tensors='pt'."
+            )
         patches = self.embeddings.whole_patches(pixel_values)
         batch, grid = pixel_values.shape[0], self.grid_of(pixel_values)
         mask = self.bool_patch_mask(patch_mask, batch, grid)
