@@ -13,6 +13,7 @@ from .auto import FAMILIES, public_names, register
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
     from .callbacks import RedrawProjections, RedrawRotations
+    from .checkpoints import checkpoint_problems, last_complete_checkpoint
     from .data import DataCollatorWithGlobalAttention, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
@@ -115,6 +116,8 @@ _OTHER_NAMES = {
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
     "byte_tokenizer": ".tokenization",
+    "checkpoint_problems": ".checkpoints",
+    "last_complete_checkpoint": ".checkpoints",
     "layerwise_parameter_groups": ".optimization",
 }
 

@@ -20,6 +20,8 @@ LIBRARY = FRAME_AND_MECHANISMS | {"models", "auto"}
 PUBLIC = LIBRARY | {
     "__init__",
     "callbacks",
+    "checkpoint_files",
+    "checkpoints",
     "data",
     "answer_spans",
     "optimization",
@@ -38,6 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "models": FRAME_AND_MECHANISMS,
     "auto": LIBRARY - {"auto"},
     "callbacks": LIBRARY,
+    "checkpoint_files": set(),
+    "checkpoints": {"checkpoint_files"},
     "data": LIBRARY,
     "answer_spans": set(),
     "optimization": set(),
