@@ -132,6 +132,7 @@ class _Checkpoint:
         self.problems: list[str] = []
         self.weights: dict[str, list[int]] = {}
         self.adapters: dict[str, dict[str, list[int]]] = {}
+        self.run: dict[str, Any] = {}
         self._read: set[Path] = set()
         if not folder.is_dir():
             self.problems.append(f"{folder}: there is no such folder")
@@ -141,7 +142,8 @@ class _Checkpoint:
         self.deepspeed = "latest" in names or any(_DEEPSPEED.fullmatch(name) for name in names)
         # FSDP in shards writes no more than the shards.
         self.bare = self.fsdp and not self._has("training_args.bin")
-        self.run = {} if self.bare else self._file("training_args.bin", read_arguments) or {}
+        if not self.bare:
+            self.run = self._file("training_args.bin", read_arguments) or {}
         self._look_at_weights(names)
         self._look_at_optimizer(names)
         self._look_at_random_states(names, world_size)
@@ -160,12 +162,13 @@ class _Checkpoint:
         self._read.add(path)
         try:
             if not path.is_file():
-                raise ValueError("missing" if not os.path.lexists(path) else "no file")
+                raise ValueError("no file" if os.path.lexists(path) else "missing")
             if path.stat().st_size == 0:
                 raise ValueError("empty")
             return read(path)
         except Exception as error:  # damaged bytes can raise anything
-            self.problems.append(f"{name}: {said_by(error)}")
+            left_out = self.run.get("save_only_model") is True and path.suffix in (".pt", ".pth")
+            self.problems.append(f"{name}: {said_by(error)}{' (save_only_model)' if left_out else ''}")
             return None
 
     def _look_at_weights(self, names: list[str]) -> None:
