@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with weights in several files."""
     folder = tmp_path_factory.mktemp("sharded")
-    make_trainer(folder, shard="50KB").train()
+    make_trainer(folder, shard="90KB").train()
     return folder
 
 
