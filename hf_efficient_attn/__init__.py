@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .attention import ATTENTIONS
     from .callbacks import RedrawProjections, RedrawRotations
     from .checkpoints import checkpoint_problems, last_complete_checkpoint
-    from .data import DataCollatorWithGlobalAttention, DataCollatorWithPatchMask
+    from .data import DataCollatorWithGlobalAttention, DataCollatorWithPacking, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
         EffBigBirdForMaskedLM,
@@ -109,6 +109,7 @@ _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
     "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
+    "DataCollatorWithPacking": ".data",
     "DataCollatorWithPatchMask": ".data",
     "ELECTRA_SIZES": ".pretraining.sizes",
     "ElectraTrainer": ".pretraining.trainer",

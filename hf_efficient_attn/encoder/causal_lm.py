@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import EffEncoderConfig
 from .losses import token_loss
+from .packing import first_tokens
 from .pretraining_tasks import LanguageModel
 
 
@@ -49,13 +50,15 @@ class ForCausalLM(LanguageModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Inputs as in the base model.
 
         Args:
             labels: `[batch, length]`, usually `input_ids`: token ids, -100 where nothing is to be predicted. They are
-                shifted here, so that each token is predicted from those before it.
+                shifted here, so that each token is predicted from those before it, in packed rows (`document_ids`) from
+                those of its document: labels at first tokens count nowhere.
             logits_to_keep: logits of only so many last tokens (0 for all), or of these positions; not with `labels`.
 
         Returns:
@@ -63,8 +66,14 @@ class ForCausalLM(LanguageModel):
             a cache.
 
         Raises:
-            ValueError: as in the base model; `labels` together with `logits_to_keep` or a cache from before.
+            ValueError: as in the base model; `labels` together with `logits_to_keep` or a cache from before;
+                `document_ids` with `use_cache=True`.
         """
+        if document_ids is not None and use_cache:
+            raise ValueError(
+                f"{type(self).__name__} got document_ids and use_cache = True: a cache goes on with one text a row; "
+                "leave out one of them."
+            )
         if labels is not None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             if past_length > 0 or isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
@@ -82,12 +91,15 @@ class ForCausalLM(LanguageModel):
             global_attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            document_ids=document_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.token_logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            if document_ids is not None and labels.shape == document_ids.shape:  # the loss refuses another one
+                labels = labels.masked_fill(first_tokens(document_ids).to(labels.device), -100)
             loss = token_loss(logits[:, :-1], labels[:, 1:], kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
@@ -134,9 +146,14 @@ class ForCausalLM(LanguageModel):
         """In place of transformers' own choice: a cache of one width a layer.
 
         Raises:
-            ValueError: a text that would become longer than the model takes, before anything is generated; another
-                kind of cache.
+            ValueError: a text that would become longer than the model takes, before anything is generated; packed
+                rows; another kind of cache.
         """
+        if model_kwargs.get("document_ids") is not None:
+            raise ValueError(
+                "generate() got document_ids: it goes on with one text a row. Give each document a row of its own, "
+                "padded on the left."
+            )
         limit = self.config.max_input_length
         # The last token is only written, not read.
         if max_cache_length > limit:

@@ -23,13 +23,8 @@ def check_forward_kwargs(kwargs: dict[str, Any], model: str) -> None:
         raise ValueError(f"{model} got the unknown argument {name!r}; remove it, it would be ignored.")
 
 
-def input_shape(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, config: EffEncoderConfig, past_length: int = 0
-) -> tuple[int, int]:
-    """`(batch, length)` of the input; raises `ValueError` where it is missing, doubled, misshapen or too long.
-
-    `past_length` tokens came before it.
-    """
+def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: EffEncoderConfig) -> tuple[int, int]:
+    """`(batch, length)` of the input; raises `ValueError` where it is missing, doubled or misshapen."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(
             "give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both")
@@ -42,6 +37,11 @@ def input_shape(
     batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if not torch.compiler.is_compiling() and (batch == 0 or length == 0):
         raise ValueError(f"the input is empty, [batch, length] = [{batch}, {length}]; give at least one token.")
+    return batch, length
+
+
+def check_length(length: int, past_length: int, config: EffEncoderConfig) -> None:
+    """Raises `ValueError` for an input of `length` tokens after `past_length` others that is too long."""
     if past_length + length > config.max_input_length:
         if past_length > 0:
             raise ValueError(
@@ -54,7 +54,6 @@ def input_shape(
             f"(max_position_embeddings = {config.max_position_embeddings}, {config.first_position} of them reserved); "
             f"truncate with tokenizer(..., truncation=True, max_length={config.max_input_length})."
         )
-    return batch, length
 
 
 def as_bool_mask(name: str, mask: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_p
 from .activations import activation
 from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
 from .configuration import EffConfig, EffEncoderConfig
+from .packing import Documents
 
 
 AttentionFactory = Callable[[EffConfig, int], nn.Module]
@@ -90,10 +91,21 @@ class AttentionBlock(Recorded):
         self.output = Output(config, config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        documents: Documents | None = None,
+        **context: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
-        mixed, weights = self.self(self.output.normed_input(hidden_states), key_padding_mask, **context)
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them.
+
+        With `documents`, which have a mask and a context of their own, attention is within each of them.
+        """
+        given = self.output.normed_input(hidden_states)
+        if documents is None:
+            mixed, weights = self.self(given, key_padding_mask, **context)
+        else:
+            mixed, weights = documents.attend(self.self, given)
         into = mixed if can_overwrite(mixed, self.self, hidden_states) else None
         chunk = inference_chunk(mixed, self.output)
         return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights

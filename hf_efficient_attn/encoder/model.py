@@ -19,8 +19,9 @@ from transformers.utils.output_capturing import (
 from .configuration import EffConfig, EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
 from .heads import LMBias, PlainLMHead
-from .inputs import as_bool_mask, check_forward_kwargs, check_ids, first_token, input_shape
+from .inputs import as_bool_mask, check_forward_kwargs, check_ids, check_length, first_token, input_shape
 from .layer import AttentionBlock, AttentionFactory, Encoder, EncoderLayer, Pooler
+from .packing import Documents, find_documents
 
 
 class EffPreTrainedModel(PreTrainedModel):
@@ -122,7 +123,8 @@ class EffEncoderModel(RecordingModel):
     ) -> Tensor:
         """All layers: `[batch, length, hidden]` -> `[batch, length, output_size]`.
 
-        `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded.
+        `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded. Of packed
+        rows there is no mask, and the context has `documents` alone.
         """
         return self.encoder(hidden_states, key_padding_mask, **context)
 
@@ -168,17 +170,43 @@ class EffEncoderModel(RecordingModel):
             )
         return {} if past_key_values is None else {"past_key_values": past_key_values}
 
+    def _documents(
+        self,
+        document_ids: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        global_attention_mask: Tensor | None,
+        shape: tuple[int, int],
+    ) -> Documents:
+        """The documents of packed rows, with what the mechanism wants prepared for each group of them."""
+        documents = find_documents(document_ids, attention_mask, shape, self.config.max_input_length)
+        is_global = as_bool_mask("global_attention_mask", global_attention_mask, *shape)
+        groups = []
+        for group in documents.groups:
+            ids, marked = (None if x is None else group.take(x) for x in (input_ids, is_global))
+            shape_of_group, device = tuple(group.index.shape), document_ids.device
+            context = self.attention_context(ids, group.mask, marked, shape_of_group, device, None)
+            groups.append(group._replace(context=context))
+        return documents._replace(groups=tuple(groups))
+
     def make_cache(self) -> Cache:
         """An empty cache for the causal form, as `forward` makes it where none is given."""
         return Cache(layers=[attention.make_cache_layer() for attention in self.encoder.attentions()])
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache of this call, or None."""
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
+        """The cache of this call, or None; None with `packed` rows."""
         if not self.config.is_decoder:
             if past_key_values is not None:
                 raise ValueError(
                     f"{type(self).__name__} got past_key_values, but it is an encoder: each call reads the whole "
                     "input. Leave it out, or load a causal model (is_decoder=True)."
+                )
+            return None
+        if packed:
+            if past_key_values is not None:
+                raise ValueError(
+                    f"{type(self).__name__} got document_ids and past_key_values: a cache goes on with one text a row; "
+                    "leave out one of them."
                 )
             return None
         # A cache of fixed size holds room that is no token yet, which a mechanism would count.
@@ -202,6 +230,7 @@ class EffEncoderModel(RecordingModel):
         global_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode a batch.
@@ -218,32 +247,46 @@ class EffEncoderModel(RecordingModel):
                 where that one ended, and `attention_mask` is `[batch, tokens before + length]`.
             use_cache: in the causal form, return the cache for the next call, except in training mode; by default
                 `config.use_cache`.
+            document_ids: `[batch, length]` integers for packed rows, several documents in one: 0 at padding (anywhere
+                between documents), one positive number at all tokens of a document, which follow each other. The states
+                of a document's tokens are those that it has in a row of its own: nothing attends another document,
+                positions begin anew with each (where none are given), and each rule that depends on a length or on
+                first tokens goes by the document. A row may be longer than the model's input, a document not. There is
+                no cache, and no compiling or exporting; `DataCollatorWithPacking` makes such batches.
             kwargs: `output_hidden_states`, `output_attentions` (eager backend), `return_dict`.
 
         Returns:
             `last_hidden_state` `[batch, length, hidden]`, `pooler_output` `[batch, hidden]` or None, and if asked
             `hidden_states` (one more than layers) and `attentions` (`[batch, heads, length, keys]` each; keys are the
             input's tokens, and with a cache what the mechanism's eager backend holds of those before). The causal form
-            also returns `past_key_values`.
+            also returns `past_key_values`. With `document_ids`, `pooler_output` is `[documents, hidden]`, row by row,
+            and weights between documents are 0.
 
         Raises:
             ValueError: input that is missing, misshapen, too long, or would be ignored.
         """
         check_forward_kwargs(kwargs, type(self).__name__)
         wants_weights = self.check_wanted_weights(kwargs)
-        past_key_values = self._cache(past_key_values, use_cache)
+        past_key_values = self._cache(past_key_values, use_cache, document_ids is not None)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch, length = input_shape(input_ids, inputs_embeds, self.config, past_length)
+        batch, length = input_shape(input_ids, inputs_embeds, self.config)
+        if document_ids is None:
+            check_length(length, past_length, self.config)
         check_ids("input_ids", input_ids, batch, length, self.embeddings.word_embeddings.num_embeddings)
         check_ids("position_ids", position_ids, batch, length, self.config.max_position_embeddings)
         # Without a table all tokens are of the one type 0.
         check_ids("token_type_ids", token_type_ids, batch, length, max(1, self.config.type_vocab_size))
-        key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, past_length + length))
         device = input_ids.device if input_ids is not None else inputs_embeds.device
-        context = self.attention_context(
-            input_ids, key_padding_mask, global_attention_mask, (batch, length), device, past_key_values
-        )
-        own_mask = None if key_padding_mask is None else key_padding_mask[:, past_length:]
+        if document_ids is None:
+            documents = None
+            key_padding_mask = self.key_padding_mask(input_ids, attention_mask, (batch, past_length + length))
+            context = self.attention_context(
+                input_ids, key_padding_mask, global_attention_mask, (batch, length), device, past_key_values
+            )
+            own_mask = None if key_padding_mask is None else key_padding_mask[:, past_length:]
+        else:
+            documents = self._documents(document_ids, input_ids, attention_mask, global_attention_mask, (batch, length))
+            context, key_padding_mask, own_mask = {"documents": documents}, None, document_ids > 0
 
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
@@ -252,12 +295,19 @@ class EffEncoderModel(RecordingModel):
             inputs_embeds = inputs_embeds.masked_fill(~own_mask[:, :, None], 0.0)
         if position_ids is None:
             first = self.config.first_position
-            position_ids = positions_from_mask(key_padding_mask, length, first, device, past_length)
+            if documents is None:
+                position_ids = positions_from_mask(key_padding_mask, length, first, device, past_length)
+            else:
+                position_ids = documents.position + first
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
         hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights)
-        pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
+        pooled = None
+        if self.pooler is not None and documents is None:
+            pooled = self.pooler(first_token(hidden_states, own_mask))
+        elif self.pooler is not None:
+            pooled = self.pooler(documents.first_states(hidden_states))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
         return BaseModelOutputWithPoolingAndCrossAttentions(

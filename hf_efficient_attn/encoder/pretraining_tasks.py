@@ -62,6 +62,7 @@ class ForMaskedLM(LanguageModel):
         inputs_embeds: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Inputs as in the base model; `labels` `[batch, length]` token ids, -100 where nothing is predicted.
@@ -70,7 +71,14 @@ class ForMaskedLM(LanguageModel):
             `logits` `[batch, length, vocab_size]`, and `loss` if there are labels.
         """
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            document_ids=document_ids,
+            **kwargs,
         )
         logits = self.token_logits(outputs.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
@@ -102,16 +110,26 @@ class ForPreTraining(ForMaskedLM):
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> EffPreTrainingOutput:
         """As `ForMaskedLM`, and `next_sentence_label` `[batch]` with 0 = continuation, 1 = random.
+
+        With `document_ids`, documents take the place of the batch in what is about whole texts.
 
         Returns:
             `prediction_logits` `[batch, length, vocab_size]`, `seq_relationship_logits` `[batch, 2]`, and the sum of
             the losses whose labels were given.
         """
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            document_ids=document_ids,
+            **kwargs,
         )
         logits = self.token_logits(outputs.last_hidden_state)
         relationship = self._head.seq_relationship(outputs.pooler_output)
@@ -147,6 +165,7 @@ class ForReplacedTokenDetection(TaskModel):
         inputs_embeds: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> EffReplacedTokenOutput:
         """Inputs as in the base model; `labels` `[batch, length]`, 1 = replaced, 0 = original, -100 ignored.
@@ -155,12 +174,22 @@ class ForReplacedTokenDetection(TaskModel):
             `logits` `[batch, length]`, and `loss` over all attended tokens if there are labels.
         """
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            document_ids=document_ids,
+            **kwargs,
         )
         logits = self.discriminator_predictions(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            keep = self.base_model.key_padding_mask(input_ids, attention_mask, logits.shape)
+            if document_ids is None:
+                keep = self.base_model.key_padding_mask(input_ids, attention_mask, logits.shape)
+            else:
+                keep = document_ids > 0
             loss = replaced_token_loss(logits, labels, keep)
         return EffReplacedTokenOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

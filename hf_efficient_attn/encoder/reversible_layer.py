@@ -11,6 +11,7 @@ from .activations import activation
 from .chunks import in_chunks
 from .configuration import EffEncoderConfig
 from .layer import AttentionFactory, Recorded, dropped
+from .packing import Documents
 from .reversible import ReversibleTape, reversible_step
 
 
@@ -38,10 +39,21 @@ class ReversibleAttention(Recorded):
         self.output = AttentionOutput(config, width)
 
     def forward(
-        self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        documents: Documents | None = None,
+        **context: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
-        mixed, weights = self.self_attention(self.layer_norm(hidden_states), key_padding_mask, **context)
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them.
+
+        With `documents`, which have a mask and a context of their own, attention is within each of them.
+        """
+        normed = self.layer_norm(hidden_states)
+        if documents is None:
+            mixed, weights = self.self_attention(normed, key_padding_mask, **context)
+        else:
+            mixed, weights = documents.attend(self.self_attention, normed, context.get("replay"))
         return self.output(mixed), weights
 
 
@@ -118,7 +130,7 @@ class ReversibleLayer(Recorded):
         if tape is None:
             y1 = x1 + self.attention(x2, key_padding_mask, **context)[0]
             return x2 + in_chunks(self.feed_forward, chunk, y1), y1
-        replay: dict[str, Tensor] = {}
+        replay: dict[Any, Any] = {}
 
         def attend(states: Tensor) -> Tensor:
             return self.attention(states, key_padding_mask, replay=replay, **context)[0]

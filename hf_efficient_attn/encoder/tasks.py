@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import EffEncoderConfig
 from .losses import choice_loss, sequence_classification_loss, span_loss, token_loss
+from .packing import refuse_documents
 from .task_model import TaskModel
 
 
@@ -51,6 +52,7 @@ class ForSequenceClassification(TaskModel):
         Returns:
             `logits` `[batch, num_labels]`, and `loss` if there are labels.
         """
+        refuse_documents(kwargs, type(self).__name__, "it gives one result a row")
         outputs = self.base_model(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
         )
@@ -81,6 +83,7 @@ class ForTokenClassification(TaskModel):
         inputs_embeds: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Inputs as in the base model; `labels` `[batch, length]` classes, -100 where there is none.
@@ -89,7 +92,14 @@ class ForTokenClassification(TaskModel):
             `logits` `[batch, length, num_labels]`, and `loss` if there are labels.
         """
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            document_ids=document_ids,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
@@ -144,6 +154,7 @@ class ForQuestionAnswering(TaskModel):
             `start_logits` and `end_logits` `[batch, length]`, the most negative number at padding, and `loss` if there
             are positions.
         """
+        refuse_documents(kwargs, type(self).__name__, "it marks one answer a row")
         types = self.token_types(input_ids, attention_mask, token_type_ids)
         outputs = self.base_model(
             input_ids, attention_mask, types, position_ids, inputs_embeds, global_attention_mask, **kwargs
@@ -207,6 +218,7 @@ class ForMultipleChoice(TaskModel):
         Returns:
             `logits` `[batch, choices]`, and `loss` if there are labels.
         """
+        refuse_documents(kwargs, type(self).__name__, "each choice is one text in a row of its own")
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or given.dim() != (3 if input_ids is not None else 4):
             shape = None if given is None else list(given.shape)

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from ..encoder.inputs import check_forward_kwargs, check_ids, check_labels
+from ..encoder.packing import check_document_ids
 from .configuration_eff_electra_joint import EffElectraJointConfig
 from .objectives import adversarial_losses, copy_nll, detection_losses, mean, token_nll
 from .outputs import COUNTS, EffElectraJointOutput
@@ -141,6 +142,7 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         position_ids: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> EffElectraJointOutput:
         """Corrupt a masked text and learn from it.
@@ -152,6 +154,8 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             token_type_ids, position_ids, global_attention_mask: `[batch, length]`, for encoders that take them.
             labels: `[batch, length]`, the original tokens where they are predicted, -100 elsewhere. Without labels the
                 discriminator reads `input_ids` as they are.
+            document_ids: `[batch, length]`, for packed rows, where both encoders are of this package; see its base
+                models. What is counted or sampled for each text is so for each row.
 
         Returns:
             The losses, what the discriminator read and said, and counts; see `EffElectraJointOutput`.
@@ -167,11 +171,16 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
             raise ValueError(f"input_ids must be [batch, length], got shape {list(input_ids.shape)}.")
         check_ids("input_ids", input_ids, *input_ids.shape, self.config.vocab_size)
         input_ids = input_ids.long()
+        if document_ids is not None:
+            check_document_ids(document_ids, input_ids.shape)
+            # A mask that says otherwise is refused by the encoders.
+            attention_mask = document_ids > 0 if attention_mask is None else attention_mask
         keep = padding_mask(input_ids, attention_mask, self.config.pad_token_id)
         given = {
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "global_attention_mask": global_attention_mask,
+            "document_ids": document_ids,
         }
         if labels is None:
             return EffElectraJointOutput(discriminator_logits=self._detect(input_ids, keep, given))

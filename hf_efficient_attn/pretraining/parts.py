@@ -17,7 +17,7 @@ from ..encoder.heads import ReplacedTokenHead
 from ..encoder.inputs import as_bool_mask
 
 
-_INPUTS = ("token_type_ids", "position_ids", "global_attention_mask")
+_INPUTS = ("token_type_ids", "position_ids", "global_attention_mask", "document_ids")
 
 
 class BackboneDetector(ReplacedTokenHead):

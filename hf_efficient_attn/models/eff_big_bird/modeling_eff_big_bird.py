@@ -57,10 +57,14 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
             return super().encode(hidden_states, key_padding_mask, context, wants_weights)
         count = self.config.num_global_tokens
         front = self.global_embeddings.weight.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
+        if "documents" in context:
+            # Each document has its own.
+            front = front.repeat(1, context["documents"].most, 1)
+            context = {"documents": context["documents"].with_prefix(count)}
         if key_padding_mask is not None:
             key_padding_mask = nn.functional.pad(key_padding_mask, (count, 0), value=True)
         hidden_states = torch.cat([front, hidden_states], dim=1)
-        return super().encode(hidden_states, key_padding_mask, context, wants_weights)[:, count:]
+        return super().encode(hidden_states, key_padding_mask, context, wants_weights)[:, front.shape[1] :]
 
     @wraps(EffEncoderModel.forward)
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
