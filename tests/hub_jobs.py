@@ -115,7 +115,7 @@ def push(url: str, folder: Path) -> None:
             words.push_to_hub(repo)
             expected[repo] = logits_of(model)
             assert {"README.md", "config.json", "model.safetensors"} <= set(api.list_repo_files(repo))
-            ModelCard.load(repo).validate()
+            assert ModelCard.load(repo).data.library_name == "transformers"
 
     with checked("create a repository"):
         assert api.create_repo("ada/by-hand").repo_id == "ada/by-hand"
