@@ -28,7 +28,8 @@ class EffPreTrainedModel(PreTrainedModel):
 
     config: EffConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Embeddings", "EncoderLayer"]
+    # Layers only: accelerate shards each as a unit, and the embeddings in another way.
+    _no_split_modules = ["EncoderLayer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": AttentionBlock}
@@ -101,7 +102,7 @@ class EffEncoderModel(RecordingModel):
     """The stack of layers."""
 
     pooler_class: ClassVar[Callable[[EffEncoderConfig], nn.Module]] = Pooler
-    """Maps the state of the first token to `pooler_output`."""
+    """The module that `pool` maps the state of the first token with."""
 
     def __init__(self, config: EffEncoderConfig, add_pooling_layer: bool = True, task: str | None = None) -> None:
         super().__init__(config)
@@ -125,6 +126,10 @@ class EffEncoderModel(RecordingModel):
         `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded.
         """
         return self.encoder(hidden_states, key_padding_mask, **context)
+
+    def pool(self, first_token: Tensor) -> Tensor:
+        """`pooler_output` of the state of the first token, `[batch, hidden]` both."""
+        return self.pooler(first_token)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
@@ -257,7 +262,7 @@ class EffEncoderModel(RecordingModel):
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
         hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights)
-        pooled = None if self.pooler is None else self.pooler(first_token(hidden_states, own_mask))
+        pooled = None if self.pooler is None else self.pool(first_token(hidden_states, own_mask))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
         return BaseModelOutputWithPoolingAndCrossAttentions(
