@@ -1,4 +1,4 @@
-"""Folders loaded in bfloat16, placed by `device_map`, without their buffers, and with layers left on the disk."""
+"""Folders loaded in bfloat16, placed by `device_map`, or without their buffers; layers whose weights are elsewhere."""
 
 from pathlib import Path
 
@@ -6,19 +6,18 @@ import pytest
 import test_families as text
 import test_vision_families as vision
 import torch
-from helpers import model_class, randomise_, tiny_config
+from accelerate import cpu_offload
+from helpers import layers_of, mask_of, model_class, randomise_, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from hf_efficient_attn.auto import VISION_FAMILIES
+from hf_efficient_attn.auto import FAMILIES, VISION_FAMILIES
 
 
 HEADS = [*text.HEADS, *vision.HEADS]
 HEAD = pytest.mark.parametrize(("family", "auto"), HEADS, ids=[f"{family}-{auto}" for family, auto in HEADS])
-
-LAYERS = ("EncoderLayer", "ReversibleLayer", "VisionLayer")
 
 
 def model_and_batch(family: str, auto: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -51,7 +50,8 @@ def test_bfloat16_and_an_automatic_device_map(family: str, auto: str, tmp_path: 
         batch = {name: x.to(torch.bfloat16) if name == "pixel_values" else x for name, x in batch.items()}
     found = result_of(family, half, batch).float()
     assert found.isfinite().all()
-    print("XX", family, auto, ((found - expected).norm() / expected.norm()).item())
+    # Rounding alone is 1 to 2 %; in EffReformer it may move a token to another bucket.
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 # Mechanisms with random projections, in every frame.
@@ -79,14 +79,16 @@ def test_projections_that_a_folder_lacks_are_drawn(family: str, dtype: torch.dty
         assert torch.equal(x, buffers[name].to(dtype)), name
 
 
-@HEAD
-def test_layers_left_on_the_disk(family: str, auto: str, tmp_path: Path) -> None:
-    """Their weights come when a module is called, in the moment of it: every weight is used through its module."""
-    model, batch = model_and_batch(family, auto)
-    model.save_pretrained(tmp_path / "model")
-    layer = next(name for name, module in model.named_modules() if type(module).__name__ in LAYERS)
-    loaded = type(model).from_pretrained(
-        tmp_path / "model", device_map={"": "cpu", layer: "disk"}, offload_folder=tmp_path / "offloaded"
-    )
-    assert all(x.is_meta for x in loaded.get_submodule(layer).parameters())
-    assert_close(result_of(family, loaded, batch), result_of(family, model, batch), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_come_when_a_module_is_called(family: str) -> None:
+    """As accelerate offloads them: each layer's weights are on no device but while their own module runs."""
+    model, batch = model_and_batch(family, "AutoModel")
+    mask = "patch_mask" if family in VISION_FAMILIES else "attention_mask"
+    batch[mask] = torch.arange(2 * 35).view(2, 5, 7) < 60 if mask == "patch_mask" else mask_of([33, 20], 33)
+    if "global_attention_mask" in batch:
+        batch["global_attention_mask"] = text.mark_global(batch[mask], causal=False)
+    expected = result_of(family, model, batch)
+    for layer in layers_of(model):
+        cpu_offload(layer, execution_device=torch.device("cpu"))
+        assert all(x.is_meta for x in layer.parameters())
+    assert_close(result_of(family, model, batch), expected, rtol=1e-5, atol=1e-5)
