@@ -9,7 +9,7 @@ from frame_family import BERT, build, inputs_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_efficient_attn.cpu import dropout, dropout_add, feed_forward, residual
+from hf_efficient_attn.cpu import dropout, dropout_add, feed_forward, in_reach, residual
 
 
 def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -160,6 +160,16 @@ def test_feed_forward_keeps_one_wide_tensor() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
         feed_forward(*given, F.gelu)
     assert saved.count((20, 6)) == 1
+
+
+class Part(Tensor):
+    """A subclass, as `DTensor` is one."""
+
+
+def test_tensors_of_other_kinds_are_left_to_torch() -> None:
+    own = torch.zeros(2, 3)
+    assert in_reach(own) and in_reach(nn.Parameter(own))
+    assert not in_reach(own.as_subclass(Part)) and not in_reach(own.half()) and not in_reach(own.to("meta"))
 
 
 def set_forward(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..cpu import is_plain
 from ..functional import (
     TokenSlots,
     dense_attention,
@@ -156,16 +157,7 @@ class LongformerSelfAttention(SelfAttention):
                 key, value, key_padding_mask, columns = _behind_prefix(key, value, key_padding_mask, prefix, seen)
             rows, row_weights = self._causal_rows(global_query, prefix, columns, dropout_p)
         else:
-            rows, row_weights = projected_attention(
-                global_query,
-                hidden_states,
-                key_padding_mask,
-                key_weight=self.key_global.weight,
-                key_bias=self.key_global.bias,
-                value_weight=self.value_global.weight,
-                value_bias=self.value_global.bias,
-                dropout_p=dropout_p,
-            )
+            rows, row_weights = self._global_rows(global_query, hidden_states, key_padding_mask, dropout_p)
         weights = None
         if backend == "eager":
             allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **self.window)
@@ -179,6 +171,33 @@ class LongformerSelfAttention(SelfAttention):
             options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
             mixed = sliding_window_attention(query, key, value, key_padding_mask, **options)
         return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
+
+    def _global_rows(
+        self, query: Tensor, hidden_states: Tensor, key_padding_mask: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of an encoder's global tokens: attention over all tokens, with the global projections.
+
+        Returns:
+            `[batch, heads, slots, head_dim]` and the weights `[batch, heads, slots, length]`.
+        """
+        if is_plain(self.key_global, nn.Linear) and is_plain(self.value_global, nn.Linear):
+            return projected_attention(
+                query,
+                hidden_states,
+                key_padding_mask,
+                key_weight=self.key_global.weight,
+                key_bias=self.key_global.bias,
+                value_weight=self.value_global.weight,
+                value_bias=self.value_global.bias,
+                dropout_p=dropout_p,
+            )
+        # Adapters, hooks and whatever else stands in for a linear map is more than a weight and a bias.
+        allowed = None
+        if key_padding_mask is not None:
+            allowed = key_padding_mask[:, None, None, :]
+            hidden_states = hidden_states.masked_fill(~key_padding_mask[:, :, None], 0.0)
+        key, value = self.split(self.key_global(hidden_states)), self.split(self.value_global(hidden_states))
+        return dense_attention(query, key, value, allowed, dropout_p=dropout_p)
 
     def _prefix(self, states: Tensor, key: Tensor, value: Tensor, global_tokens: TokenSlots) -> Prefix:
         """The input's own global tokens, whose `states` are `[batch, slots, hidden]`."""

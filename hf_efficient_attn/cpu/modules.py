@@ -11,9 +11,9 @@ TOKENS_AT_ONCE = 1024
 
 
 def in_reach(tensor: Tensor) -> bool:
-    """Whether it is one for the kernels: on a CPU, in eager mode, in float32 or float64."""
+    """Whether it is one for the kernels: on a CPU, in eager mode, in float32 or float64, whole (no `DTensor`)."""
     own = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-    return own and not torch.compiler.is_compiling()
+    return own and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def in_reach_of_training(states: Tensor) -> bool:

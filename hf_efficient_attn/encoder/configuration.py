@@ -24,6 +24,23 @@ _LIBRARY_NAMES = frozenset(
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
+def fsdp_plan(*modules: str) -> dict[str, str]:
+    """Which modules of a base model FSDP2 gathers one at a time, by patterns such as `encoder.layer.*`.
+
+    What is in none of them is gathered for the whole call. transformers moves word embeddings there by itself where a
+    head shares them, and uses them again.
+    """
+    return dict.fromkeys(modules, "free_full_weight")
+
+
+def tp_plan(layers: str, first: str, second: str) -> dict[str, str]:
+    """How tensor parallelism splits a base model: the two halves of each layer's feed-forward part, by their names.
+
+    Attention stays whole on every rank: hashes, random blocks, dilations and kernels go by the number of a head.
+    """
+    return {f"{layers}.{first}": "colwise", f"{layers}.{second}": "rowwise"}
+
+
 @strict
 class EffConfig(PreTrainedConfig):
     r"""
@@ -49,6 +66,9 @@ class EffConfig(PreTrainedConfig):
 
     original_fields_without_meaning: ClassVar[tuple[str, ...]] = ()
     """Fields of those configs that say nothing about the model."""
+
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = fsdp_plan("encoder.layer.*")
+    base_model_tp_plan: ClassVar[dict[str, str]] = tp_plan("encoder.layer.*", "intermediate.dense", "output.dense")
 
     before_first_use: ClassVar[list[Callable[[], None]]] = []
     """Called once, before the first config exists: where the package registers its model classes lazily."""
@@ -180,6 +200,8 @@ class EffEncoderConfig(EffConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     """Outputs that Trainer does not gather in evaluation."""
+
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = fsdp_plan("embeddings.word_embeddings", "encoder.layer.*")
 
     vocab_size: int = 30522
     embedding_size: int | None = None

@@ -41,7 +41,9 @@ class Embeddings(nn.Module):
     def _sum(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         if self.scale != 1.0:
             inputs_embeds = inputs_embeds * self.scale
-        embedded = inputs_embeds + self.position_embeddings(position_ids)
+        # A device map may have a table elsewhere.
+        device = inputs_embeds.device
+        embedded = inputs_embeds + self.position_embeddings(position_ids).to(device)
         if self.token_type_embeddings is not None:
-            embedded = embedded + self.token_type_embeddings(token_type_ids)
+            embedded = embedded + self.token_type_embeddings(token_type_ids).to(device)
         return self.dropout(self.LayerNorm(embedded))

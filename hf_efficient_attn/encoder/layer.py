@@ -207,14 +207,3 @@ class Pooler(nn.Module):
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, hidden]`."""
         return torch.tanh(self.dense(first_token))
-
-
-class LinearPooler(nn.Linear):
-    """The same with the linear map itself under the name `pooler` (BigBird)."""
-
-    def __init__(self, config: EffEncoderConfig) -> None:
-        super().__init__(config.hidden_size, config.hidden_size)
-
-    def forward(self, first_token: Tensor) -> Tensor:
-        """`[batch, hidden]` -> `[batch, hidden]`."""
-        return torch.tanh(super().forward(first_token))

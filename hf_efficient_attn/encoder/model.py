@@ -29,7 +29,8 @@ class EffPreTrainedModel(PreTrainedModel):
 
     config: EffConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Embeddings", "EncoderLayer"]
+    # Layers only: accelerate shards each as a unit, and the embeddings in another way.
+    _no_split_modules = ["EncoderLayer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": AttentionBlock}
@@ -102,7 +103,7 @@ class EffEncoderModel(RecordingModel):
     """The stack of layers."""
 
     pooler_class: ClassVar[Callable[[EffEncoderConfig], nn.Module]] = Pooler
-    """Maps the state of the first token to `pooler_output`."""
+    """The module that `pool` maps the state of the first token with."""
 
     def __init__(self, config: EffEncoderConfig, add_pooling_layer: bool = True, task: str | None = None) -> None:
         super().__init__(config)
@@ -127,6 +128,10 @@ class EffEncoderModel(RecordingModel):
         rows there is no mask, and the context has `documents` alone.
         """
         return self.encoder(hidden_states, key_padding_mask, **context)
+
+    def pool(self, first_token: Tensor) -> Tensor:
+        """`pooler_output` of the state of the first token, `[batch, hidden]` both."""
+        return self.pooler(first_token)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
@@ -305,9 +310,9 @@ class EffEncoderModel(RecordingModel):
         hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights)
         pooled = None
         if self.pooler is not None and documents is None:
-            pooled = self.pooler(first_token(hidden_states, own_mask))
+            pooled = self.pool(first_token(hidden_states, own_mask))
         elif self.pooler is not None:
-            pooled = self.pooler(documents.first_states(hidden_states))
+            pooled = self.pool(documents.first_states(hidden_states))
         if not self.config.is_decoder:
             return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
         return BaseModelOutputWithPoolingAndCrossAttentions(

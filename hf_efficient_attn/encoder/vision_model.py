@@ -23,7 +23,7 @@ class EffVisionPreTrainedModel(EffPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
-    _no_split_modules = ["VisionEmbeddings", "VisionLayer"]
+    _no_split_modules = ["VisionLayer"]
     _can_record_outputs = {"hidden_states": VisionLayer, "attentions": VisionAttentionBlock}
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.mask_token"]
 

@@ -64,6 +64,8 @@ class EffElectraJointConfig(PreTrainedConfig):
 
     model_type = "eff_electra_joint"
     sub_configs: ClassVar[dict[str, type]] = {"generator": AutoConfig, "discriminator": AutoConfig}
+    # Both encoders bring theirs.
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "generator_loss",
         "discriminator_loss",

@@ -15,7 +15,7 @@ from .outputs import COUNTS, EffElectraJointOutput
 from .parts import inputs_for, logits_at, make_detector, make_masked_lm, padding_mask
 from .sampling import row_seeds, sample_tokens
 from .saving import PairFolders
-from .sharing import tied_names
+from .sharing import tied_names, units_that_share_nothing
 
 
 class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
@@ -69,6 +69,7 @@ class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
         self.post_init()
         # Trainer warns about tied names that a checkpoint lacks, unless they stand here.
         self._keys_to_ignore_on_save = set(self.all_tied_weights_keys)
+        self._fsdp_plan = units_that_share_nothing(self._fsdp_plan, self.all_tied_weights_keys)
         self._freeze_what_waits()
 
     @classmethod

@@ -1,5 +1,7 @@
 """Which weights a generator and a discriminator share, as names for transformers to tie."""
 
+import re
+
 from torch import nn
 
 from .parts import BackboneDetector
@@ -33,6 +35,15 @@ def tied_names(generator: nn.Module, discriminator: nn.Module, sharing: str) -> 
             )
     front = {"generator": _prefix(generator), "discriminator": _prefix(discriminator)}
     return {f"generator.{front['generator']}{name}": f"discriminator.{front['discriminator']}{name}" for name in theirs}
+
+
+def units_that_share_nothing(plan: dict[str, str], tied: dict[str, str]) -> dict[str, str]:
+    """The entries of an FSDP plan whose modules hold none of the `tied` weights (name -> name).
+
+    FSDP2 gathers a weight with one unit only; what is used in two places belongs to the whole model's.
+    """
+    shared = [re.sub(r"\.\d+(?=\.)", ".*", name) for pair in tied.items() for name in pair]
+    return {name: style for name, style in plan.items() if not any(x.startswith(f"{name}.") for x in shared)}
 
 
 def _prefix(model: nn.Module) -> str:

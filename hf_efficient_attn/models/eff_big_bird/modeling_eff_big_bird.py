@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ...attention.big_bird import BigBirdSelfAttention
 from ...encoder.configuration import EffEncoderConfig
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
-from ...encoder.layer import Intermediate, LinearPooler, Output
+from ...encoder.layer import Intermediate, Output
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
 from ...encoder.pretraining_tasks import ForMaskedLM, ForPreTraining, ForReplacedTokenDetection
 from ...encoder.tasks import (
@@ -42,7 +42,15 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
     """
 
     attention_class = BigBirdSelfAttention
-    pooler_class = LinearPooler
+
+    @staticmethod
+    def pooler_class(config: EffBigBirdConfig) -> nn.Module:
+        """The linear map itself stands under the name `pooler`, as published."""
+        return nn.Linear(config.hidden_size, config.hidden_size)
+
+    def pool(self, first_token: Tensor) -> Tensor:
+        """See `EffEncoderModel.pool`."""
+        return torch.tanh(self.pooler(first_token))
 
     def add_parts(self, config: EffBigBirdConfig) -> None:
         """The global tokens of the extended form."""
@@ -56,7 +64,8 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
         if self.global_embeddings is None:
             return super().encode(hidden_states, key_padding_mask, context, wants_weights)
         count = self.config.num_global_tokens
-        front = self.global_embeddings.weight.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
+        front = self.global_embeddings(torch.arange(count, device=hidden_states.device))
+        front = front.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
         if "documents" in context:
             # Each document has its own.
             front = front.repeat(1, context["documents"].most, 1)

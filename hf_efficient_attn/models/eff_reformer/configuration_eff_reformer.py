@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 
 from ...attention.local import LocalOptions
 from ...attention.lsh import LSHOptions
-from ...encoder.configuration import EffEncoderConfig
+from ...encoder.configuration import EffEncoderConfig, fsdp_plan, tp_plan
 
 
 LAYER_KINDS = ("local", "lsh")
@@ -54,6 +54,10 @@ class EffReformerConfig(LSHOptions, LocalOptions, EffEncoderConfig):
         "sinusoidal_pos_embds",
     )
     qkv_bias: ClassVar[bool] = False
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = fsdp_plan("embeddings.word_embeddings", "encoder.layers.*")
+    base_model_tp_plan: ClassVar[dict[str, str]] = tp_plan(
+        "encoder.layers.*", "feed_forward.dense.dense", "feed_forward.output.dense"
+    )
 
     attn_layers: list[str] | tuple[str, ...] | None = None
     attention_head_size: int | None = None

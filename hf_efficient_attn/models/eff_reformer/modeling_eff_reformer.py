@@ -33,7 +33,7 @@ class EffReformerPreTrainedModel(EffPreTrainedModel):
 
     config_class = EffReformerConfig
     base_model_prefix = "reformer"
-    _no_split_modules = ["AxialEmbeddings", "ReversibleLayer"]
+    _no_split_modules = ["ReversibleLayer"]
     _can_record_outputs = ReversibleEncoder.recorded
     # Tokens that are tried and taken back would sort the others differently: transformers refuses assisted generation.
     _is_stateful = True
