@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .running import run_program, what_is_wrong
 
 
 app = typer.Typer(
@@ -31,8 +34,9 @@ def _one_line_errors() -> Iterator[None]:
 @app.callback()
 def _commands() -> None:
     """Efficient-attention Transformers as ordinary Hugging Face models."""
-    # Read when PyTorch is imported, which the commands do. By default its threads spin while they wait for each other,
-    # and on cores shared with other programs they then keep those they wait for from running: up to 20 times slower.
+    # Read when PyTorch is imported, which the commands do (not `run`: its program decides for itself). By default its
+    # threads spin while they wait for each other, and on cores shared with other programs they then keep those they
+    # wait for from running: up to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -125,9 +129,49 @@ def bench(
             typer.echo(f"plot  {plot(results, output_dir / 'benchmark.png', title)}")
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that save_pretrained wrote.")],
+    push_to: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub.")
+    ] = None,
+) -> None:
+    """Add the model's code to its folder, as one file, so that it loads where this package is not installed.
+
+    There it loads with trust_remote_code=True, and where the package is imported in the package's own classes.
+    Weights and all other files stay as they are. Exporting again changes nothing.
+    """
+    with _one_line_errors():
+        from .hub.exporting import export_folder, push_folder
+
+        code = export_folder(folder)
+        typer.echo(f"code  {folder / code.name}, {len(code.text.splitlines())} lines, sha256 {code.sha256}")
+        if push_to is not None:
+            typer.echo(f"hub   {push_folder(folder, push_to).commit_url}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    program: Annotated[list[str], typer.Argument(metavar="SCRIPT|-m MODULE [ARGS]...", help="As python takes them.")],
+) -> None:
+    """Import this package, then run a script or module with its own arguments.
+
+    For programs that one cannot add an import to, such as
+    'accelerate launch -m hf_efficient_attn run train.py --model_name_or_path my-longformer'.
+    """
+    with _one_line_errors():
+        if (problem := what_is_wrong(program)) is not None:
+            raise ValueError(problem)
+    run_program(program)
+
+
 def main() -> None:
     """The entry point."""
-    app()
+    program = sys.argv[2:] if sys.argv[1:2] == ["run"] else []
+    if program and program[0] != "--help" and what_is_wrong(program) is None:
+        run_program(program)  # not inside typer: exit codes, tracebacks and Ctrl-C are the program's own
+    else:
+        app()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ PUBLIC = LIBRARY | {
     "pretraining",
     "conversion",
     "hub",
+    "running",
     "integrations",
 }
 ROOMS: dict[str, set[str]] = {
@@ -51,6 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "conversion": LIBRARY,
     "hub": LIBRARY,
     "integrations": LIBRARY,
+    "running": set(),
     "__init__": PUBLIC - {"__init__"},
     "bench": PUBLIC,
     "demo": PUBLIC | {"bench"},
