@@ -7,12 +7,12 @@ Classes load when they are first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .auto import FAMILIES, public_names, register
+from .auto import FAMILIES, after_models, public_names, register
 
 
 if TYPE_CHECKING:
     from .attention import ATTENTIONS
-    from .callbacks import RedrawProjections, RedrawRotations
+    from .callbacks import ModelCardCallback, RedrawProjections, RedrawRotations
     from .checkpoints import checkpoint_problems, last_complete_checkpoint
     from .data import DataCollatorWithGlobalAttention, DataCollatorWithPacking, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
@@ -113,6 +113,7 @@ _OTHER_NAMES = {
     "DataCollatorWithPatchMask": ".data",
     "ELECTRA_SIZES": ".pretraining.sizes",
     "ElectraTrainer": ".pretraining.trainer",
+    "ModelCardCallback": ".callbacks",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
@@ -139,8 +140,13 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _publish() -> None:
+    importlib.import_module(".hub.publishing", __name__).attach()
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+after_models.append(_publish)
 register()

@@ -6,6 +6,7 @@ first config of ours exists. So importing the package costs nothing until someth
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -177,6 +178,9 @@ def register_configs() -> None:
 
 _registered: list[str] = []
 
+after_models: list[Callable[[], None]] = []
+"""Called once the models are registered: where the package adds to them what this room does not know."""
+
 
 def register_models() -> None:
     """Register the model classes, default tokenizers and image processors. Idempotent."""
@@ -193,6 +197,8 @@ def register_models() -> None:
         if family.image_processor is not None:
             _register_image_processor(config_class, family.image_processor)
     _registered[:] = list(FAMILIES)
+    for add in after_models:
+        add()
 
 
 def _register_image_processor(config_class: type, name: str) -> None:

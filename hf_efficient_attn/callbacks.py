@@ -11,6 +11,39 @@ from .attention.lsh import lsh_layers
 from .attention.performer import performer_layers
 
 
+class ModelCardCallback(TrainerCallback):
+    """Has the cards of what is saved say how the model did: notes the figures of each evaluation on the model.
+
+    With `load_best_model_at_end` those of the best checkpoint stay.
+
+    Example:
+
+    ```python
+    >>> trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=held_out, callbacks=[ModelCardCallback()])
+    >>> model.card_data = {"datasets": "stanfordnlp/imdb", "license": "mit"}  # what only you know
+    ```
+    """
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Notes the figures."""
+        self._note(model, kwargs["metrics"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """The best weights have been loaded by now."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            for row in state.log_history:
+                if row["step"] == state.best_global_step and any(name.startswith("eval_") for name in row):
+                    self._note(model, row)
+
+    @staticmethod
+    def _note(model: nn.Module, figures: dict[str, Any]) -> None:
+        model.card_data = {**(getattr(model, "card_data", None) or {}), "metrics": figures}
+
+
 class _Redraw(TrainerCallback):
     """Draws what is random in `layers` of `kind` anew every `every` optimizer steps."""
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .publishing import PublishedConfig
+
 
 # What configs on the Hub and the library itself pass besides declared fields, without meaning for an encoder.
 _LIBRARY_NAMES = frozenset(
@@ -42,7 +44,7 @@ def tp_plan(layers: str, first: str, second: str) -> dict[str, str]:
 
 
 @strict
-class EffConfig(PreTrainedConfig):
+class EffConfig(PublishedConfig, PreTrainedConfig):
     r"""
     Fields of the layers that every model of this package has, their checks, and loading of an original's config.
 

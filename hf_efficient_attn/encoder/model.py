@@ -22,9 +22,10 @@ from .heads import LMBias, PlainLMHead
 from .inputs import as_bool_mask, check_forward_kwargs, check_ids, check_length, first_token, input_shape
 from .layer import AttentionBlock, AttentionFactory, Encoder, EncoderLayer, Pooler
 from .packing import Documents, find_documents
+from .publishing import PublishedModel
 
 
-class EffPreTrainedModel(PreTrainedModel):
+class EffPreTrainedModel(PublishedModel, PreTrainedModel):
     """Flags, initialisation and checks of every class of this package. A family adds `config_class` and its prefix."""
 
     config: EffConfig

@@ -9,6 +9,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..encoder.inputs import check_forward_kwargs, check_ids, check_labels
 from ..encoder.packing import check_document_ids
+from ..encoder.publishing import PublishedModel
 from .configuration_eff_electra_joint import EffElectraJointConfig
 from .objectives import adversarial_losses, copy_nll, detection_losses, mean, token_nll
 from .outputs import COUNTS, EffElectraJointOutput
@@ -18,7 +19,7 @@ from .saving import PairFolders
 from .sharing import tied_names, units_that_share_nothing
 
 
-class EffElectraForJointPreTraining(PairFolders, PreTrainedModel):
+class EffElectraForJointPreTraining(PairFolders, PublishedModel, PreTrainedModel):
     """ELECTRA's pretraining (Clark et al. 2020, arXiv 2003.10555): replaced-token detection, on any encoder.
 
     The generator predicts masked tokens; samples of it stand in their place in what the discriminator reads, which

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, ElectraConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from ..encoder.publishing import PublishedModel
 from .configuration_eff_electra_joint import DETECTING, EffElectraJointConfig
 from .parts import BackboneDetector, make_detector
 
@@ -81,21 +82,22 @@ class PairFolders:
         joint.load_state_dict(found, strict=False)
         return joint
 
-    def save_generator(self, path: str | os.PathLike, stock: bool = False) -> None:
-        """Write the generator as a folder of its own class, for `AutoModelForMaskedLM`; `stock` as below."""
-        _save(self.generator, path, stock)
+    def save_generator(self, path: str | os.PathLike, stock: bool = False, **options: Any) -> None:
+        """Write the generator as a folder of its own class, for `AutoModelForMaskedLM`; the rest as below."""
+        _save(self.generator, path, stock, options)
 
-    def save_discriminator(self, path: str | os.PathLike, stock: bool = False) -> None:
+    def save_discriminator(self, path: str | os.PathLike, stock: bool = False, **options: Any) -> None:
         """Write the discriminator as a folder of its own class, to be fine-tuned like any other.
 
         EffElectra's folders load in transformers' ELECTRA classes as well, by their names. With `stock` they also say
         that they are ELECTRA, so that the Auto classes load transformers' own and nothing of this package is needed. An
-        encoder of transformers without a class for replaced tokens is written without that head.
+        encoder of transformers without a class for replaced tokens is written without that head. `options` are those of
+        `save_pretrained`, such as `self_contained`.
 
         Raises:
             ValueError: `stock` for a model that transformers' ELECTRA cannot hold; the message names the field.
         """
-        _save(self.discriminator, path, stock)
+        _save(self.discriminator, path, stock, options)
 
 
 def _classes(joint: Any) -> str:
@@ -106,12 +108,18 @@ def _named(front: str, model: nn.Module) -> dict[str, Any]:
     return {f"{front}.{name}": weight for name, weight in model.state_dict().items()}
 
 
-def _save(model: nn.Module, path: str | os.PathLike, stock: bool) -> None:
+def _save(model: nn.Module, path: str | os.PathLike, stock: bool, options: dict[str, Any]) -> None:
     saved = model.base_model if isinstance(model, BackboneDetector) else model
     config = _stock_config(saved) if stock else None
-    saved.save_pretrained(path)
+    if stock and options.get("self_contained"):
+        raise ValueError(
+            "stock = True with self_contained = True: the stock form needs no code; leave one of them out."
+        )
+    saved.save_pretrained(path, **options)
     if config is not None:
         config.save_pretrained(path)
+        if isinstance(saved, PublishedModel):
+            saved.write_card(path)
 
 
 def _stock_config(model: PreTrainedModel) -> ElectraConfig:

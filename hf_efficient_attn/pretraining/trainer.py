@@ -79,6 +79,12 @@ class ElectraTrainer(Trainer):
         self._sums[model.training] += counts.to(self._sums[model.training].device)
         return (loss, outputs) if return_outputs else loss
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the lines on loading."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.model.write_card(self.args.output_dir)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the figures of training."""
         if "loss" in logs:

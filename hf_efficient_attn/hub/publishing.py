@@ -1,0 +1,162 @@
+"""What `save_pretrained` and `push_to_hub` of the package's models do besides saving."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, ModelCard
+
+from ..auto import FAMILIES
+from ..encoder.publishing import Published
+from .card import Card, make_card
+from .card_file import CARD_FILE, new_text, read_card, renewed_text
+from .code_file import auto_map_of, class_names, code_of, names_our_code, remove_code, write_code
+from .facts import Folder, Known, listed
+from .files import write_whole
+from .pushing import make_repo, push, times_of
+
+
+# Of `save_pretrained(..., push_to_hub=True)`: what is for the Hub.
+_FOR_THE_HUB = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision")
+
+# What is still true of a model that was loaded and trained on.
+_INHERITED = ("base_model", "datasets", "license", "language")
+
+
+def attach() -> None:
+    """Have models and configs of the package saved with what this room adds."""
+    Published.publisher = HubPublisher()
+
+
+class HubPublisher:
+    """The `Publisher` of the package."""
+
+    def save_config(self, config: Any, plainly: Callable[..., Any], folder: str | os.PathLike, **kwargs: Any) -> None:
+        """Save a config, and the code that it names."""
+        if names_our_code(config):
+            # As it is now: the config may have been loaded from a repository, or from another version's folder.
+            config.auto_map = {**config.auto_map, **write_code(Path(folder), config.model_type).auto_map}
+        plainly(folder, **kwargs)
+
+    def save_model(
+        self,
+        model: Any,
+        plainly: Callable[..., Any],
+        folder: str | os.PathLike,
+        *,
+        card: dict[str, Any] | None,
+        self_contained: bool | None,
+        push_to_hub: bool,
+        **kwargs: Any,
+    ) -> None:
+        """Save a model with its card, and push what was written if asked to."""
+        _take_down(model, card, self_contained)
+        hub = {name: kwargs.pop(name) for name in _FOR_THE_HUB if push_to_hub and name in kwargs}
+        path, saves_here = Path(folder), _saves_here(model, kwargs["is_main_process"])
+        repo_id = None
+        if push_to_hub and saves_here:
+            hub["token"] = kwargs.get("token")
+            repo_id = make_repo(hub.pop("repo_id", path.resolve().name), hub.pop("private", None), hub["token"])
+        before = times_of(path)
+        plainly(folder, push_to_hub=False, **kwargs)
+        if not saves_here:
+            return
+        if self_contained is False:
+            remove_code(path, model.config.model_type)
+        fresh = _card_of(model, path, repo_id)
+        if fresh is not None:
+            write_card_file(path, fresh)
+        if repo_id is not None:
+            changed = [name for name, time in times_of(path).items() if before.get(name) != time]
+            push(path, changed, repo_id, fresh, **hub)
+
+    def push_model(
+        self,
+        model: Any,
+        repo_id: str,
+        *,
+        card: dict[str, Any] | None,
+        self_contained: bool | None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Save a model into a folder that goes away, and push that."""
+        _take_down(model, card, self_contained)
+        model.add_model_tags(listed(tags))
+        repo_id = make_repo(repo_id, private, token)
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            fresh = _card_of(model, Path(folder), repo_id)
+            if fresh is not None:
+                (Path(folder) / CARD_FILE).write_text(new_text(fresh), encoding="utf-8")
+            return push(Path(folder), list(times_of(Path(folder))), repo_id, fresh, token=token, **kwargs)
+
+    def write_card(self, model: Any, folder: str | os.PathLike, card: dict[str, Any] | None) -> None:
+        """Write or renew the card of a folder in which the model was saved."""
+        _take_down(model, card, None)
+        fresh = _card_of(model, Path(folder), None)
+        if fresh is None:
+            raise ValueError(f"there is no config.json in {os.fspath(folder)!r}; save the model there first.")
+        write_card_file(Path(folder), fresh)
+
+
+def write_card_file(folder: Path, card: Card, parts: tuple[str, ...] | None = None) -> None:
+    """Write or renew the card in `folder`, only its `parts` where it is one of the package already."""
+    path = folder / CARD_FILE
+    write_whole(path, renewed_text(read_card(path), card, parts))
+
+
+def inherited(config: Any) -> dict[str, Any]:
+    """What the card of the folder that a model was loaded from says and is still true."""
+    source = getattr(config, "_name_or_path", "") or ""
+    path = Path(source) / CARD_FILE
+    if not source or not path.is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    return {name: data.get(name) for name in _INHERITED if data.get(name) is not None}
+
+
+def _take_down(model: Any, card: dict[str, Any] | None, self_contained: bool | None) -> None:
+    """Notes on the model what a call says; raises `ValueError` before anything is changed."""
+    known = {**(model.card_data or {}), **(card or {})}
+    Known.of(known)
+    config = model.config
+    if self_contained:
+        auto_map = code_of(config.model_type).auto_map
+        name = type(model).__name__.removeprefix("FSDP")
+        if name not in class_names(FAMILIES[config.model_type]):
+            raise ValueError(
+                f"self_contained = True for a {name}, which is no class of the package: its own code would be missing. "
+                f"Leave it out, or save an instance of {', '.join(class_names(FAMILIES[config.model_type])[2:4])}, ..."
+            )
+        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
+    elif self_contained is False and names_our_code(config):
+        ours = auto_map_of(FAMILIES[config.model_type])
+        config.auto_map = {auto: name for auto, name in config.auto_map.items() if auto not in ours}
+        if not config.auto_map:
+            del config.auto_map
+    if known:
+        model.card_data = known
+
+
+def _card_of(model: Any, path: Path, repo_id: str | None) -> Card | None:
+    """The card of a model that was saved at `path`; None where no config was, as with adapter weights alone."""
+    folder = Folder.of(path, model.config)
+    if folder is None:
+        return None
+    known = Known.of({**inherited(model.config), **(model.card_data or {})})
+    known = known.with_tags(model.model_tags)
+    code = code_of(model.config.model_type) if names_our_code(model.config) and not folder.is_stock else None
+    name = path.resolve().name if repo_id is None else repo_id.rpartition("/")[2]
+    return make_card(folder, known, name=name, repo_id=repo_id, code=code)
+
+
+def _saves_here(model: Any, is_main_process: bool) -> bool:
+    """Whether this process is the one that writes."""
+    decide = getattr(model, "should_save_on_this_rank", None)
+    return is_main_process if decide is None else decide(is_main_process)
