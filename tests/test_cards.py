@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 from datasets import Dataset
-from helpers import DETECTOR, model_class, tiny_config, tiny_tokenizer
+from helpers import DETECTOR, model_class, no_warnings, tiny_config, tiny_tokenizer
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from transformers import Trainer, TrainingArguments
@@ -160,6 +160,10 @@ def test_what_cards_do_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a dict"):
         build().save_pretrained(tmp_path / "one", card={"metrics": 0.9})
     assert not (tmp_path / "one").exists()
+    model = build()
+    with pytest.raises(ValueError, match="Did you mean 'license'?"):  # and not when the first checkpoint is saved
+        model.card_data = {"licence": "mit"}
+    assert model.card_data is None
     with pytest.raises(ValueError, match="there is no config.json"):
         build().write_card(tmp_path)
 
@@ -169,6 +173,22 @@ def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:
         (tmp_path / "README.md").write_bytes(text.encode())
         build().save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_bytes() == text.encode()
+
+
+def test_what_cannot_be_read_hinders_nothing(tmp_path: Path) -> None:
+    """Neither where a model is saved nor where it was loaded from."""
+    build().save_pretrained(tmp_path / "one")
+    for text in (
+        b"# No metadata\n",
+        b"---\nlicense: [mit\n---\n# Broken\n",
+        "---\nlicense: Latin \xe9\n---\n".encode("latin1"),
+    ):
+        (tmp_path / "one" / "README.md").write_bytes(text)
+        model = type(build()).from_pretrained(tmp_path / "one")
+        with no_warnings():
+            model.save_pretrained(tmp_path / "one"), model.save_pretrained(tmp_path / "two")
+        assert (tmp_path / "one" / "README.md").read_bytes() == text
+        assert "license" not in ModelCard(card_of(tmp_path / "two")).data.to_dict()
 
 
 def test_what_somebody_edited_stays_and_the_rest_is_renewed(tmp_path: Path) -> None:
@@ -381,6 +401,14 @@ def test_saving_and_pushing_at_once_uploads_what_was_written(tmp_path: Path, mon
     assert hub.calls == [("create_repo", None, True), ("create_commit", "First", None, True)]
     assert hub.files.keys() == {"README.md", "config.json", "model.safetensors"}
     assert '.from_pretrained("me/mine")' in card_of(tmp_path / "mine")
+
+
+def test_a_configs_push_takes_its_code_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch, tmp_path, "# Somebody's\n")
+    model = build()
+    model.save_pretrained(tmp_path / "mine", self_contained=True)
+    model.config.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="you/config", token="t")
+    assert hub.files.keys() == {"config.json", "modeling_eff_longformer.py"} and hub.repo_id == "you/config"
 
 
 def test_a_network_that_fails_is_no_missing_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

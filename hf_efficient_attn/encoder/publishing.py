@@ -27,6 +27,9 @@ class Publisher(Protocol):
     def write_card(self, model: Any, folder: str | os.PathLike, card: dict[str, Any] | None) -> None:
         """Called for `model.write_card`."""
 
+    def check_card(self, card: dict[str, Any] | None) -> None:
+        """Raises `ValueError` for what no `card_data` can be."""
+
 
 class Published:
     """What models and configs share."""
@@ -59,13 +62,21 @@ class PublishedConfig(Published):
 class PublishedModel(Published):
     """A model; mixed in before transformers' class."""
 
-    card_data: dict[str, Any] | None = None
-    """What only you know of a model, for its card: `base_model`, `datasets`, `metrics`, `license`, `language`, `tags`
-    and `summary`, each if known."""
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.model_tags = [PACKAGE, config.model_type]  # Trainer's cards show them as well
+
+    @property
+    def card_data(self) -> dict[str, Any] | None:
+        """What only you know of a model, for its card: `base_model`, `datasets`, `metrics`, `license`, `language`,
+        `tags` and `summary`, each if known. Setting another key raises `ValueError`."""
+        return self.__dict__.get("_card_data")
+
+    @card_data.setter
+    def card_data(self, card: dict[str, Any] | None) -> None:
+        if self.publisher is not None:
+            self.publisher.check_card(card)
+        self.__dict__["_card_data"] = card
 
     def save_pretrained(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from .card import Card
 from .facts import PACKAGE
@@ -68,6 +69,16 @@ def read_card(path: Path) -> str | None:
     return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
 
 
+def parsed(text: str) -> ModelCard | None:
+    """A card with its metadata; None where there are none that can be read."""
+    if not _FRONT.match(text.replace("\r\n", "\n")):
+        return None
+    try:
+        return ModelCard(text, ignore_metadata_errors=True)
+    except (TypeError, ValueError, YAMLError):
+        return None
+
+
 def is_ours(text: str) -> bool:
     """Whether all of a file was written by the package, and nothing was edited."""
     text = text.replace("\r\n", "\n")
@@ -122,11 +133,10 @@ def _with_metadata(text: str, card: Card) -> str:
 
 def _with_tags(text: str, card: Card) -> str:
     """Adds the tags of ours that are missing to the metadata of another's card, such as Trainer's."""
-    front = _FRONT.match(text)
-    if front is None:
+    other = parsed(text)
+    if other is None:
         return text
-    wanted = ModelCard(f"---\n{card.metadata}\n---\n").data.tags or []
-    other = ModelCard(text, ignore_metadata_errors=True)
+    wanted = parsed(f"---\n{card.metadata}\n---\n").data.tags or []
     tags = [other.data.tags] if isinstance(other.data.tags, str) else list(other.data.tags or [])
     missing = [tag for tag in wanted if tag not in tags]
     if not missing:
@@ -137,9 +147,9 @@ def _with_tags(text: str, card: Card) -> str:
 
 def _is_template(text: str) -> bool:
     """Whether it is the card that transformers puts in place of a missing one, as it was written."""
-    if "This model card has been automatically generated." not in text:
+    card = parsed(text) if "This model card has been automatically generated." in text else None
+    if card is None:
         return False
-    card = ModelCard(text, ignore_metadata_errors=True)
     lines = (line for line in text.splitlines() if line.startswith("This is the model card of"))
     fresh = ModelCard.from_template(card.data, model_description=next(lines, ""))
     return fresh.text.strip() == card.text.strip()

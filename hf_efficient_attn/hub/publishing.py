@@ -6,12 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 
 from ..auto import FAMILIES
 from ..encoder.publishing import Published
 from .card import Card, make_card
-from .card_file import CARD_FILE, new_text, read_card, renewed_text
+from .card_file import CARD_FILE, new_text, parsed, read_card, renewed_text
 from .code_file import auto_map_of, class_names, code_of, names_our_code, remove_code, write_code
 from .facts import Folder, Known, listed
 from .files import write_whole
@@ -33,12 +33,27 @@ def attach() -> None:
 class HubPublisher:
     """The `Publisher` of the package."""
 
-    def save_config(self, config: Any, plainly: Callable[..., Any], folder: str | os.PathLike, **kwargs: Any) -> None:
+    def save_config(
+        self,
+        config: Any,
+        plainly: Callable[..., Any],
+        folder: str | os.PathLike,
+        *,
+        push_to_hub: bool,
+        **kwargs: Any,
+    ) -> None:
         """Save a config, and the code that it names."""
-        if names_our_code(config):
-            # As it is now: the config may have been loaded from a repository, or from another version's folder.
-            config.auto_map = {**config.auto_map, **write_code(Path(folder), config.model_type).auto_map}
+        if not names_our_code(config):
+            plainly(folder, push_to_hub=push_to_hub, **kwargs)
+            return
+        hub = _for_the_hub(kwargs) if push_to_hub else {}
+        # As it is now: the config may have been loaded from a repository, or from another version's folder.
+        code = write_code(Path(folder), config.model_type)
+        config.auto_map = {**config.auto_map, **code.auto_map}
         plainly(folder, **kwargs)
+        if push_to_hub:
+            repo_id = _repo_of(Path(folder), hub)
+            push(Path(folder), ["config.json", code.name], repo_id, None, **hub)
 
     def save_model(
         self,
@@ -53,12 +68,9 @@ class HubPublisher:
     ) -> None:
         """Save a model with its card, and push what was written if asked to."""
         _take_down(model, card, self_contained)
-        hub = {name: kwargs.pop(name) for name in _FOR_THE_HUB if push_to_hub and name in kwargs}
+        hub = _for_the_hub(kwargs) if push_to_hub else {}
         path, saves_here = Path(folder), _saves_here(model, kwargs["is_main_process"])
-        repo_id = None
-        if push_to_hub and saves_here:
-            hub["token"] = kwargs.get("token")
-            repo_id = make_repo(hub.pop("repo_id", path.resolve().name), hub.pop("private", None), hub["token"])
+        repo_id = _repo_of(path, hub) if push_to_hub and saves_here else None
         before = times_of(path)
         plainly(folder, push_to_hub=False, **kwargs)
         if not saves_here:
@@ -96,6 +108,10 @@ class HubPublisher:
                 (Path(folder) / CARD_FILE).write_text(new_text(fresh), encoding="utf-8")
             return push(Path(folder), list(times_of(Path(folder))), repo_id, fresh, token=token, **kwargs)
 
+    def check_card(self, card: dict[str, Any] | None) -> None:
+        """Raises `ValueError` for a key that cards do not have, or metrics that are no dict."""
+        Known.of(card)
+
     def write_card(self, model: Any, folder: str | os.PathLike, card: dict[str, Any] | None) -> None:
         """Write or renew the card of a folder in which the model was saved."""
         _take_down(model, card, None)
@@ -115,10 +131,20 @@ def inherited(config: Any) -> dict[str, Any]:
     """What the card of the folder that a model was loaded from says and is still true."""
     source = getattr(config, "_name_or_path", "") or ""
     path = Path(source) / CARD_FILE
-    if not source or not path.is_file():
-        return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    return {name: data.get(name) for name in _INHERITED if data.get(name) is not None}
+    card = parsed(read_card(path) or "") if source else None
+    found = {} if card is None else {name: card.data.get(name) for name in _INHERITED}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _for_the_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of `kwargs` what is for the Hub; the token is for both."""
+    taken = {name: kwargs.pop(name) for name in _FOR_THE_HUB if name in kwargs}
+    return {**taken, "token": kwargs.get("token")}
+
+
+def _repo_of(folder: Path, hub: dict[str, Any]) -> str:
+    """The repository that a folder is pushed to, made unless it is there."""
+    return make_repo(hub.pop("repo_id", folder.resolve().name), hub.pop("private", None), hub["token"])
 
 
 def _take_down(model: Any, card: dict[str, Any] | None, self_contained: bool | None) -> None:

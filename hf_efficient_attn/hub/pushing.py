@@ -76,6 +76,6 @@ def _remote_card(repo_id: str, revision: str | None, token: bool | str | None) -
 
 def _card_text(folder: Path, card: Card | None, remote: str | None) -> str | None:
     """What the repository's card becomes; None to leave it as it is."""
-    if remote is None or is_ours(remote):
-        return read_card(folder / CARD_FILE)
-    return None if card is None else renewed_text(remote, card)
+    if card is None:
+        return None
+    return read_card(folder / CARD_FILE) if remote is None or is_ours(remote) else renewed_text(remote, card)
