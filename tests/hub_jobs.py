@@ -242,7 +242,9 @@ def fail(url: str, folder: Path) -> None:
                 fault(url, step, 0)
                 old.push_to_hub(repo)
                 trainer = trainer_of(model, place, hub_model_id=repo)
-                trainer.save_model(), trainer.create_model_card(model_name=repo.split("/")[1])
+                trainer.save_model()
+                # With the tags that its push gives it.
+                trainer.create_model_card(model_name=repo.split("/")[1], tags=list(model.model_tags))
                 ways = {
                     "model": lambda repo=repo: model.push_to_hub(repo),
                     "folder": lambda repo=repo: api.upload_folder(repo_id=repo, folder_path=local),
