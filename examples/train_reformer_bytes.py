@@ -1,71 +1,96 @@
-"""Train a byte-level language model on contexts of 16,384 bytes: a Reformer, from nothing.
+"""Train a byte-level language model on contexts of many thousand bytes: a Reformer, from nothing.
 
     python examples/train_reformer_bytes.py                                # Python's own documentation
-    python examples/train_reformer_bytes.py --text book.txt other.txt --steps 2000 --output-dir my-reformer
+    python examples/train_reformer_bytes.py --text book.txt other.txt --max-steps 2000 --output-dir my-reformer
     python examples/train_reformer_bytes.py --output-dir my-reformer --resume
+    python examples/train_reformer_bytes.py --max-length 16384 --max-steps 250 --hidden-size 192 --layers 4   # long
 
-Without --text it is the language reference that ships with Python. The last tenth is held out. Prints bits per byte
-there: of the model, of the bytes' frequencies (unigram) and of bzip2, which has read the rest before. Saves the model
-and its tokenizer, and continues a piece of the held-out text. The model reads a context at once, where a byte's place
-in the sorted order of an LSH layer depends on later bytes, though it attends none of them: bits are those of this form.
+Without --text (files of any encoding) or --dataset (whatever `datasets.load_dataset` can read) it is the language
+reference that ships with Python. The last tenth is held out. Prints bits per byte there: of the model, of the bytes'
+frequencies (unigram) and of bzip2, which has read the rest before. Saves the best model and its tokenizer, and
+continues a piece of the held-out text. --model goes on with what this example saved. The model reads a context at
+once, where a byte's place in the sorted order of an LSH layer depends on later bytes, though it attends none of them:
+bits are those of this form.
 
-On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
+On several GPUs: accelerate launch examples/train_reformer_bytes.py ... On CPU cores shared with other programs set
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
 """
 
 import argparse
 import bz2
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    Trainer,
+    set_seed,
+)
 
-from hf_efficient_attn import EffReformerConfig, EffReformerForCausalLM, RedrawRotations, byte_tokenizer
+from hf_efficient_attn import EffReformerConfig, EffReformerForCausalLM, RedrawRotations, byte_tokenizer, recipes
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--text", nargs="+", type=Path, help="files to learn, any encoding; without: Python's reference"
+    parser = recipes.RecipeParser(
+        __doc__,
+        output_dir="reformer-bytes",
+        max_steps=150,
+        batch_size=1,
+        learning_rate=4e-3,
+        max_length=8192,
+        streaming=False,
     )
-    parser.add_argument("--context", type=int, default=16384, help="bytes of a context (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=250, help="optimizer steps, one context each (default: %(default)s)"
+    parser.data.add_argument("--text", nargs="+", type=Path, help="files to learn, any encoding, in place of --dataset")
+    parser.data.add_argument("--text-column", default="text", help="of --dataset")
+    parser.model.add_argument(
+        "--hidden-size", type=recipes.count, default=128, help="of a new model (default: %(default)s)"
     )
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4, help="local and LSH ones in turn (default: %(default)s)")
-    parser.add_argument("--hashes", type=int, default=1, help="rounds of hashing (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("reformer-bytes"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
-    arguments = parser.parse_args()
-    if min(arguments.steps, arguments.layers, arguments.hashes) < 1:
-        parser.error("--steps, --layers and --hashes must be 1 or more")
-    if arguments.context < 8:
-        parser.error(f"--context {arguments.context}: give 8 bytes or more")
-    if arguments.hidden_size < 4 or arguments.hidden_size % 4:
-        parser.error(f"--hidden-size {arguments.hidden_size}: give a multiple of 4, the number of heads")
-    if not arguments.learning_rate > 0 or not 0 <= arguments.seed < 2**32:
-        parser.error("--learning-rate must be above 0, and --seed from 0 to 2 ** 32 - 1")
-    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
-        parser.error(f"--output-dir: {arguments.output_dir} is a file")
-    for path in arguments.text or []:
+    parser.model.add_argument("--layers", type=recipes.count, default=2, help="local and LSH in turn (default: 2)")
+    parser.model.add_argument("--hashes", type=recipes.count, default=1, help="rounds of hashing (default: 1)")
+    args = parser.parse_args()
+    args.max_length = args.max_length or args.new_length
+    if args.max_length < 8:
+        parser.error(f"--max-length {args.max_length}: give 8 bytes or more")
+    if args.hidden_size % 4:
+        parser.error(f"--hidden-size {args.hidden_size}: give a multiple of 4, the number of heads")
+    if args.text and args.dataset:
+        parser.error("--text and --dataset are two sources: give one of them")
+    for path in args.text or []:
         if not path.is_file():
             parser.error(f"--text: there is no file {path}")
-    return arguments
+    return args
 
 
-def read_bytes(paths: list[Path] | None) -> bytes:
-    """The files one after the other, or the language reference that ships with Python."""
-    if paths:
-        return b"\n".join(path.read_bytes() for path in paths)
-    from pydoc_data.topics import topics
+def read_bytes(args: argparse.Namespace) -> tuple[bytes, bytes]:
+    """The text to learn and the held-out one."""
+    if args.dataset:
+        sides = recipes.read_sides(args, eval_share=0.1, txt_rows="paragraph")
+        recipes.check_columns(sides, {"--text-column": args.text_column})
+        text, held_out = ("\n".join(side[args.text_column]).encode() for side in sides)
+    else:
+        if args.text:
+            whole = b"\n".join(path.read_bytes() for path in args.text)
+        else:
+            from pydoc_data.topics import topics
 
-    return "\n".join(topics[name] for name in sorted(topics)).encode()
+            whole = "\n".join(topics[name] for name in sorted(topics)).encode()
+        text, held_out = whole[: len(whole) * 9 // 10], whole[len(whole) * 9 // 10 :]
+    if len(text) < 2 or len(held_out) < 2:
+        total = len(text) + len(held_out)
+        raise ValueError(f"the text has {total} bytes: give more, of which a tenth can be held out.")
+    return text, held_out
+
+
+def as_ids(text: bytes) -> torch.Tensor:
+    """What the tokenizer gives for UTF-8, but for bytes of any encoding and without special tokens."""
+    return torch.tensor(list(text), dtype=torch.long) + 2
 
 
 class Contexts(Dataset):
@@ -84,17 +109,15 @@ class Contexts(Dataset):
         return {"input_ids": piece, "labels": piece}
 
 
-@torch.inference_mode()
-def bits_per_byte(model: PreTrainedModel, ids: torch.Tensor, context: int) -> float:
-    """Mean over all bytes that have one before them in their context; contexts follow each other."""
-    model.eval()
-    bits, count = 0.0, 0
-    for piece in ids.split(context):
-        if len(piece) > 1:
-            piece = piece[None].to(model.device)
-            bits += model(piece, labels=piece).loss.item() * (piece.shape[1] - 1) / math.log(2)
-            count += piece.shape[1] - 1
-    return bits / count
+def following(ids: torch.Tensor, context: int) -> list[dict[str, torch.Tensor]]:
+    """Contexts that follow each other through the whole text."""
+    return [{"input_ids": piece, "labels": piece} for piece in ids.split(context) if len(piece) > 1]
+
+
+def byte_figures(prediction: EvalPrediction) -> dict[str, float]:
+    """Bits per byte: the mean over all bytes that have one before them in their context."""
+    found = recipes.token_figures(prediction)
+    return {**found, "bits_per_byte": found["nll"] / math.log(2)}
 
 
 def unigram_bits(train: torch.Tensor, test: torch.Tensor) -> float:
@@ -108,77 +131,87 @@ def bzip2_bits(train: bytes, test: bytes) -> float:
     return 8 * (len(bz2.compress(train + test)) - len(bz2.compress(train))) / len(test)
 
 
-def main() -> None:
-    arguments = read_arguments()
-    text = read_bytes(arguments.text)
-    tokenizer = byte_tokenizer(model_max_length=arguments.context)
-    # What the tokenizer gives for UTF-8, but for bytes of any encoding and without special tokens.
-    ids = torch.tensor(list(text), dtype=torch.long) + 2
-    split = len(ids) * 9 // 10
-    if split < 2 or len(ids) - split < 2:
-        raise SystemExit(f"the text has {len(ids)} bytes; give more, of which a tenth can be held out.")
-
-    config = EffReformerConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        intermediate_size=4 * arguments.hidden_size,
-        num_hashes=arguments.hashes,
-        max_position_embeddings=arguments.context,
-        hidden_dropout_prob=0.0,
-        initializer_range=0.08,
-        axial_norm_std=0.02,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+@recipes.errors_in_one_line()
+def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, bytes, bytes]:
+    """The Trainer, the checkpoint to go on from, and both texts."""
+    recipes.checkpoint_to_resume(args)
+    text, held_out = read_bytes(args)
+    if args.epochs is not None:
+        args.max_steps = math.ceil(args.epochs * len(text) / (args.max_length * args.batch_size * args.accumulate))
+    arguments = recipes.training_arguments(
+        args,
+        best="bits_per_byte",
+        train_sampling_strategy="sequential",  # they are drawn at random already
+        lr_scheduler_type="cosine",
+        warmup_steps=args.max_steps // 20,
+        weight_decay=0.01,
+        ddp_find_unused_parameters=False,
+        label_names=["labels"],
     )
-    torch.manual_seed(arguments.seed)
-    model = EffReformerForCausalLM(config)
-    print(
-        f"{len(ids):,} bytes, {len(ids) - split:,} of them held out; {model.num_parameters():,} parameters, "
-        f"{arguments.steps} steps of {min(arguments.context, split):,} bytes"
-    )
+    tokenizer = byte_tokenizer(model_max_length=args.max_length)
+    set_seed(args.seed)
+    if args.model is not None:
+        model = EffReformerForCausalLM.from_pretrained(args.model)
+        if model.config.vocab_size != len(tokenizer) or model.config.max_input_length < args.max_length:
+            raise ValueError(
+                f"{args.model} has {model.config.vocab_size} tokens and takes {model.config.max_input_length} of them: "
+                f"it has to read {len(tokenizer)}, those of bytes, and --max-length {args.max_length}."
+            )
+    else:
+        config = EffReformerConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.layers,
+            intermediate_size=4 * args.hidden_size,
+            num_hashes=args.hashes,
+            max_position_embeddings=args.max_length,
+            hidden_dropout_prob=0.0,
+            initializer_range=0.08,
+            axial_norm_std=0.02,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = EffReformerForCausalLM(config)
+    if arguments.process_index == 0:
+        print(
+            f"{len(text):,} bytes to learn, {len(held_out):,} held out; {model.num_parameters():,} parameters, "
+            f"{args.max_steps} steps of {args.batch_size} x {min(args.max_length, len(text)):,} bytes"
+        )
+    contexts = args.max_steps * args.batch_size * args.accumulate * arguments.world_size
     trainer = Trainer(
         model,
-        TrainingArguments(
-            str(arguments.output_dir),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=1,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=arguments.steps // 20,
-            weight_decay=0.01,
-            adam_beta2=0.98,
-            logging_steps=max(1, arguments.steps // 20),
-            save_steps=max(1, arguments.steps // 3),
-            save_total_limit=1,
-            seed=arguments.seed,
-            report_to="none",
-        ),
-        train_dataset=Contexts(ids[:split], arguments.context, arguments.steps, arguments.seed),
+        arguments,
+        train_dataset=Contexts(as_ids(text), args.max_length, contexts, args.seed),
+        eval_dataset=following(as_ids(held_out), args.max_length),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=byte_figures,
+        preprocess_logits_for_metrics=partial(recipes.token_sums, shift=True),
         callbacks=[RedrawRotations(every=1)],
     )
-    last = get_last_checkpoint(str(arguments.output_dir)) if arguments.resume else None
-    if arguments.resume and last is None:
-        raise SystemExit(f"--resume: there is no checkpoint in {arguments.output_dir}; leave --resume out.")
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - start
-    trainer.save_model()
-    tokenizer.save_pretrained(arguments.output_dir)
+    return trainer, recipes.checkpoint_to_resume(args, model), text, held_out
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.output_dir).to(trainer.args.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
-    held_out = ids[split:]
-    found = bits_per_byte(model, held_out, arguments.context)
-    print(f"\nbits per byte, held out   model {found:.3f}   trained in {seconds / 60:.1f} minutes")
-    print(f"                        unigram {unigram_bits(ids[:split], held_out):.3f}")
-    print(f"                          bzip2 {bzip2_bits(text[:split], text[split:]):.3f}")
-    room = min(128, arguments.context // 4)
-    prompt = held_out[None, : min(2 * room, len(held_out))].to(model.device)
-    torch.manual_seed(arguments.seed)
+
+def main() -> None:
+    args = read_arguments()
+    trainer, checkpoint, text, held_out = prepare(args)
+    start = time.perf_counter()
+    metrics = recipes.train_and_save(trainer, args, checkpoint, curves=("loss", "bits_per_byte"))
+    minutes = (time.perf_counter() - start) / 60
+    if not trainer.is_world_process_zero():
+        return
+    ids = as_ids(held_out)
+    print(f"\nbits per byte, held out   model {metrics['eval_bits_per_byte']:.3f}   trained in {minutes:.1f} minutes")
+    print(f"                        unigram {unigram_bits(as_ids(text), ids):.3f}")
+    print(f"                          bzip2 {bzip2_bits(text, held_out):.3f}")
+    model = AutoModelForCausalLM.from_pretrained(args.output_dir).to(trainer.args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
+    room = min(128, args.max_length // 4)
+    prompt = ids[None, : 2 * room].to(model.device)
+    set_seed(args.seed)
     continued = model.generate(prompt, max_new_tokens=room, do_sample=True, top_p=0.9, temperature=0.7)[0]
     print(f"\n{tokenizer.decode(prompt[0])} -->{tokenizer.decode(continued[prompt.shape[1] :])}")
-    print(f"\nmodel and tokenizer: {arguments.output_dir}")
+    print(f"\nModel, tokenizer, figures and training.png: {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -2,38 +2,43 @@
 
     python examples/train_vit.py                                        # scikit-learn's digits, from scratch
     python examples/train_vit.py --dataset photos --image-size 128 --patch-size 8 --attention neighborhood
-    python examples/train_vit.py --dataset beans --checkpoint google/vit-base-patch16-224 --epochs 3
+    python examples/train_vit.py --dataset beans --model google/vit-base-patch16-224 --epochs 3
 
 --dataset is a folder with one subfolder of images for each label (or with train/ and test/ above them), or a name on
 the Hub. Without it the images are 1,797 real digits of 8 x 8 pixels. A fifth is held out where there is no test split.
---checkpoint is any folder or Hub name of a ViT; without it a small one is trained from scratch. Saves model and image
-processor, loads both again through the Auto class and the pipeline, and writes attention.png: for attention whose
-weights are probabilities the rollout over all layers (Abnar & Zuidema 2020), else the class token's last weights.
+--model is any folder or Hub name of a ViT, or of another image classifier that AutoModelForImageClassification can
+load; without it a small EffViT is trained from scratch. Saves model and image processor, loads both again through the
+Auto class and the pipeline, and writes attention.png of a ViT: for attention whose weights are probabilities the
+rollout over all layers (Abnar & Zuidema 2020), else the class token's last weights.
 
-On CPU cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
+On several GPUs: accelerate launch examples/train_vit.py ... On CPU cores shared with other programs set
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow each other.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
     Trainer,
-    TrainingArguments,
     ViTImageProcessorPil,
+    default_data_collator,
     pipeline,
+    set_seed,
 )
 
-from hf_efficient_attn import ATTENTIONS, EffViTConfig, EffViTForImageClassification
+from hf_efficient_attn import ATTENTIONS, FAMILIES, EffViTConfig, EffViTForImageClassification, recipes
+from hf_efficient_attn.demo import accuracy
 
 
 def options(text: str) -> dict[str, Any]:
@@ -45,69 +50,61 @@ def options(text: str) -> dict[str, Any]:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="folder of images, or a name on the Hub; default: handwritten digits")
-    parser.add_argument("--image-column", default="image")
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--checkpoint", help="folder or Hub name of a ViT; default: a new small one")
-    parser.add_argument("--attention", default="softmax", choices=list(ATTENTIONS))
-    parser.add_argument("--attention-options", type=options, default={}, help="as JSON, such as '{\"radius\": 3}'")
-    parser.add_argument("--image-size", type=int, help="default: 16, or that of --checkpoint")
-    parser.add_argument("--patch-size", type=int, help="of a new model (default: 4)")
-    parser.add_argument("--hidden-size", type=int, help="of a new model (default: 96)")
-    parser.add_argument("--layers", type=int, help="of a new model (default: 4)")
-    parser.add_argument("--epochs", type=float, default=50.0, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="(default: %(default)s)")
-    parser.add_argument("--shift", type=int, default=1, help="training images move by up to so many pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("vit-classifier"))
-    arguments = parser.parse_args()
+    parser = recipes.RecipeParser(
+        __doc__, output_dir="vit-classifier", epochs=50, batch_size=64, learning_rate=1.5e-3, tuned_learning_rate=1e-4
+    )
+    parser.data.add_argument("--image-column", default="image")
+    parser.data.add_argument("--label-column", default="label")
+    parser.data.add_argument("--labels", nargs="+", help="all labels, where a stream has names and does not list them")
+    parser.data.add_argument("--shift", type=int, default=1, help="training images move by up to so many pixels")
+    parser.model.add_argument("--attention", choices=list(ATTENTIONS), help="default: softmax, or that of --model")
+    parser.model.add_argument("--attention-options", type=options, help="as JSON, such as '{\"radius\": 3}'")
+    parser.model.add_argument("--image-size", type=recipes.count, help="default: 16, or that of --model")
+    parser.model.add_argument("--patch-size", type=recipes.count, help="of a new model (default: 4)")
+    parser.model.add_argument("--hidden-size", type=recipes.count, help="of a new model (default: 96)")
+    parser.model.add_argument("--layers", type=recipes.count, help="of a new model (default: 4)")
+    args = parser.parse_args()
     for name, default in {"patch_size": 4, "hidden_size": 96, "layers": 4}.items():
-        if arguments.checkpoint is not None and getattr(arguments, name) is not None:
-            parser.error(
-                f"--{name.replace('_', '-')} is of a new model, and --checkpoint has its own: give one of them"
-            )
-        setattr(arguments, name, default if getattr(arguments, name) is None else getattr(arguments, name))
-    if arguments.image_size is not None and arguments.image_size < 1:
-        parser.error(f"--image-size {arguments.image_size}: give 1 or more")
-    if min(arguments.patch_size, arguments.hidden_size, arguments.layers, arguments.batch_size) < 1:
-        parser.error("--patch-size, --hidden-size, --layers and --batch-size must be 1 or more")
-    if arguments.hidden_size % 4:
-        parser.error(f"--hidden-size {arguments.hidden_size}: give a multiple of 4, the number of heads")
-    if not (arguments.epochs > 0 and arguments.learning_rate > 0) or arguments.shift < 0:
-        parser.error("--epochs and --learning-rate must be above 0, --shift 0 or more")
-    if arguments.output_dir.is_file():
-        parser.error(f"--output-dir: {arguments.output_dir} is a file")
-    return arguments
+        if args.model is not None and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is of a new model, and --model has its own: give one of them")
+        setattr(args, name, getattr(args, name) or default)
+    if args.hidden_size % 4:
+        parser.error(f"--hidden-size {args.hidden_size}: give a multiple of 4, the number of heads")
+    if args.shift < 0:
+        parser.error(f"--shift {args.shift}: give 0 or more")
+    return args
 
 
-def read_data(arguments: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
+def read_data(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, Dataset, list[str]]:
     """Training and held-out side with columns `image` and `label`, and the labels' names."""
-    if arguments.dataset is None:
+    if args.dataset is None:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         images = [Image.fromarray((image * 255 / 16).astype("uint8")).convert("RGB") for image in digits.images]
         whole = Dataset.from_dict({"image": images, "label": [str(label) for label in digits.target]})
-        splits = whole.class_encode_column("label").train_test_split(
-            0.2, seed=arguments.seed, stratify_by_column="label"
-        )
+        whole = whole.class_encode_column("label")
+        sides = whole.train_test_split(0.2, seed=args.seed, stratify_by_column="label").values()
     else:
-        folder = Path(arguments.dataset)
-        splits = load_dataset("imagefolder", data_dir=str(folder)) if folder.is_dir() else load_dataset(str(folder))
-        columns = splits["train"].column_names
-        for option, name in (("--image-column", arguments.image_column), ("--label-column", arguments.label_column)):
-            if name not in columns:
-                raise SystemExit(f"{option} {name}: the data has {', '.join(columns)}.")
-        names = {arguments.image_column: "image", arguments.label_column: "label"}
-        splits = splits.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
-        if not hasattr(splits["train"].features["label"], "names"):
-            splits = splits.class_encode_column("label")
-        if "test" not in splits and "validation" not in splits:
-            splits = splits["train"].train_test_split(0.2, seed=arguments.seed)
-    held_out = splits["test"] if "test" in splits else splits["validation"]
-    return splits["train"], held_out, splits["train"].features["label"].names
+        sides = recipes.read_sides(args)
+        recipes.check_columns(sides, {"--image-column": args.image_column, "--label-column": args.label_column}, None)
+        names = {args.image_column: "image", args.label_column: "label"}
+        sides = [side.select_columns(list(names)) for side in sides]
+        sides = [side.rename_columns({a: b for a, b in names.items() if a != b}) for side in sides]
+    train, held_out = recipes.limit_sides(args, *sides)
+    feature = (train.features or {}).get("label")
+    if not isinstance(feature, ClassLabel):
+        if args.labels is None and isinstance(train, IterableDataset):
+            raise ValueError("a stream does not list its labels: name them all with --labels.")
+        feature = ClassLabel(names=args.labels or sorted({str(label) for label in train["label"]}))
+        train, held_out = (side.cast_column("label", feature) for side in (train, held_out))
+    return train, held_out, feature.names
+
+
+def moved(pixels: torch.Tensor, shift: int) -> torch.Tensor:
+    """An image, by up to so many pixels up or down and to the left or right."""
+    down, right = (int(torch.randint(-shift, shift + 1, ())) for _ in range(2))
+    return pixels.roll((down, right), dims=(1, 2)) if shift > 0 else pixels
 
 
 class Images(torch.utils.data.Dataset):
@@ -122,33 +119,43 @@ class Images(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pixels = self.pixels[index]
-        if self.shift > 0:
-            down, right = (int(torch.randint(-self.shift, self.shift + 1, ())) for _ in range(2))
-            pixels = pixels.roll((down, right), dims=(1, 2))
-        return {"pixel_values": pixels, "labels": self.labels[index]}
+        return {"pixel_values": moved(self.pixels[index], self.shift), "labels": self.labels[index]}
 
 
-def make_model(arguments: argparse.Namespace, labels: list[str]) -> PreTrainedModel:
-    """The checkpoint with a new head where it has other labels, or a new small model."""
+def as_pixels(data: Dataset | IterableDataset, processor: ViTImageProcessorPil, shift: int) -> Any:
+    """The training side: in memory, or of a stream as it comes."""
+    if isinstance(data, Dataset):
+        return Images(data, processor, shift)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        pixels = processor(row["image"].convert("RGB"), return_tensors="pt").pixel_values[0]
+        return {"pixel_values": moved(pixels, shift), "labels": row["label"]}
+
+    return data.map(encode, remove_columns=["image", "label"])
+
+
+def make_model(args: argparse.Namespace, labels: list[str]) -> PreTrainedModel:
+    """The model of `--model`, with a new head where it has other labels, or a new small EffViT."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
-    attention = {"attention": arguments.attention, "attention_options": arguments.attention_options}
-    if arguments.checkpoint is not None:
-        size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
-        config = EffViTConfig.from_pretrained(arguments.checkpoint, **names, **attention, **size)
-        return EffViTForImageClassification.from_pretrained(
-            arguments.checkpoint, config=config, ignore_mismatched_sizes=True
-        )
+    chosen = {"attention": args.attention, "attention_options": args.attention_options, "image_size": args.image_size}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if args.model is not None:
+        kind = AutoConfig.from_pretrained(args.model).model_type
+        if kind not in (*FAMILIES, *EffViTConfig.original_model_types):
+            if own := [name for name in chosen if name != "image_size"]:
+                raise ValueError(f"{', '.join(own)}: {args.model} is a {kind}, and only a ViT has such a choice.")
+            return AutoModelForImageClassification.from_pretrained(args.model, **names, ignore_mismatched_sizes=True)
+        config = EffViTConfig.from_pretrained(args.model, **names, **chosen)
+        return EffViTForImageClassification.from_pretrained(args.model, config=config, ignore_mismatched_sizes=True)
     config = EffViTConfig(
-        image_size=arguments.image_size or 16,
-        patch_size=arguments.patch_size,
-        encoder_stride=arguments.patch_size,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
+        **{"image_size": 16, **chosen},
+        patch_size=args.patch_size,
+        encoder_stride=args.patch_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
         num_attention_heads=4,
-        intermediate_size=2 * arguments.hidden_size,
+        intermediate_size=2 * args.hidden_size,
         hidden_dropout_prob=0.1,
-        **attention,
         **names,
     )
     return EffViTForImageClassification(config)
@@ -205,60 +212,69 @@ def draw(images: list[Image.Image], maps: torch.Tensor, guesses: list[str], titl
     pyplot.close(figure)
 
 
-def main() -> None:
-    arguments = read_arguments()
-    try:
-        train, held_out, labels = read_data(arguments)
-        torch.manual_seed(arguments.seed)
-        model = make_model(arguments, labels)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"Error: {' '.join(str(error).split())}") from None
-    if model.config.num_channels != 3:
-        raise SystemExit(f"Error: num_channels = {model.config.num_channels}: images are read as RGB, of 3.")
-    height, width = model.config.image_shape
-    processor = make_processor(arguments.checkpoint, height, width)
-    print(
-        f"{len(train):,} images to learn and {len(held_out):,} held out, {len(labels)} labels; "
-        f"{model.num_parameters():,} parameters, {arguments.attention} attention, {height} x {width} pixels"
+@recipes.errors_in_one_line()
+def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, Dataset]:
+    """The Trainer, the checkpoint to go on from, and the held-out images."""
+    recipes.checkpoint_to_resume(args)
+    arguments = recipes.training_arguments(
+        args,
+        best="accuracy",
+        greater_is_better=True,
+        train_sampling_strategy="random",
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.05,
+        adam_beta2=0.999,
+        remove_unused_columns=False,
     )
+    with arguments.main_process_first():
+        train, held_out, labels = read_data(args)
+    set_seed(args.seed)
+    model = make_model(args, labels)
+    if model.config.model_type in FAMILIES:
+        arguments.ddp_find_unused_parameters = False
+    if getattr(model.config, "num_channels", 3) != 3:
+        raise ValueError(f"num_channels = {model.config.num_channels}: images are read as RGB, of 3.")
+    height, width = np.broadcast_to(args.image_size or getattr(model.config, "image_size", 224), 2).tolist()
+    processor = make_processor(args.model, height, width)
+    if arguments.process_index == 0:
+        print(
+            f"{recipes.rows_of(train)} images to learn and {recipes.rows_of(held_out)} held out, {len(labels)} labels; "
+            f"{model.num_parameters():,} parameters, {getattr(model.config, 'attention', 'its own')} attention, "
+            f"{height} x {width} pixels"
+        )
     trainer = Trainer(
         model,
-        TrainingArguments(
-            str(arguments.output_dir),
-            num_train_epochs=arguments.epochs,
-            per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            weight_decay=0.05,
-            logging_steps=200,
-            save_strategy="no",
-            seed=arguments.seed,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=Images(train, processor, arguments.shift),
+        arguments,
+        train_dataset=as_pixels(train, processor, args.shift),
         eval_dataset=Images(held_out, processor),
-        compute_metrics=lambda result: {"accuracy": float((result[0].argmax(axis=1) == result[1]).mean())},
+        processing_class=processor,
+        data_collator=default_data_collator,
+        compute_metrics=accuracy,
     )
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    trainer.save_model()
-    processor.save_pretrained(arguments.output_dir)
+    return trainer, recipes.checkpoint_to_resume(args, model), held_out
 
-    loaded = AutoModelForImageClassification.from_pretrained(arguments.output_dir)
-    accuracy = trainer.evaluate()["eval_accuracy"]
-    print(f"held-out accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
+
+def main() -> None:
+    args = read_arguments()
+    trainer, checkpoint, held_out = prepare(args)
+    metrics = recipes.train_and_save(trainer, args, checkpoint, curves=("loss", "accuracy"))
+    if not trainer.is_world_process_zero():
+        return
+    print(f"\nheld-out accuracy {metrics['eval_accuracy']:.2%}")
+    processor = trainer.processing_class
+    loaded = AutoModelForImageClassification.from_pretrained(args.output_dir)
     shown = [image.convert("RGB") for image in held_out["image"][:6]]
     guess = pipeline("image-classification", model=loaded, image_processor=processor, device="cpu")
     guesses = [found[0]["label"] for found in guess(shown)]
-    maps, title = attention_maps(loaded.cpu().eval(), processor(shown, return_tensors="pt").pixel_values)
-    draw(shown, maps, guesses, title, arguments.output_dir / "attention.png")
-    print(f"the pipeline says {', '.join(guesses)} for {', '.join(labels[x] for x in held_out['label'][:6])}")
-    print(f"model, processor and attention.png ({title}): {arguments.output_dir}")
+    names = held_out.features["label"].names
+    print(f"the pipeline says {', '.join(guesses)} for {', '.join(names[x] for x in held_out['label'][:6])}")
+    picture = ""
+    if loaded.config.model_type in FAMILIES and importlib.util.find_spec("matplotlib") is not None:
+        maps, title = attention_maps(loaded.cpu().eval(), processor(shown, return_tensors="pt").pixel_values)
+        draw(shown, maps, guesses, title, args.output_dir / "attention.png")
+        picture = f", attention.png ({title})"
+    print(f"Model, image processor, figures, training.png{picture}: {args.output_dir}")
 
 
 if __name__ == "__main__":

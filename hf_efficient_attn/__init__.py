@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from .pretraining.masking import DataCollatorForReplacedTokenDetection
     from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
     from .pretraining.sizes import ELECTRA_SIZES
-    from .pretraining.trainer import ElectraTrainer
+    from .pretraining.trainer import ElectraTrainer, EpochOfMasks
     from .question_answering import QuestionAnswerer
     from .tokenization import byte_tokenizer
 
@@ -113,6 +113,7 @@ _OTHER_NAMES = {
     "DataCollatorWithPatchMask": ".data",
     "ELECTRA_SIZES": ".pretraining.sizes",
     "ElectraTrainer": ".pretraining.trainer",
+    "EpochOfMasks": ".pretraining.trainer",
     "ModelCardCallback": ".callbacks",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",

@@ -137,7 +137,7 @@ def _unknown_flags(words: list[str], known: set[str], where: str) -> Iterator[st
 
 @cache
 def flags_of(script: Path) -> set[str]:
-    """The options of a script: of its argparse or typer, those of modules beside it, and of the package's studies."""
+    """The options of a script: of its argparse or typer, modules beside it, the package's studies and recipes."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -154,6 +154,8 @@ def flags_of(script: Path) -> set[str]:
             found |= set(_strings(option.args)) or {plain, *negated}
         elif isinstance(node, ast.ImportFrom) and node.module and script.with_name(f"{node.module}.py").is_file():
             found |= flags_of(script.with_name(f"{node.module}.py"))
+        elif isinstance(node, ast.Attribute) and node.attr == "RecipeParser":
+            found |= flags_of(ROOT / "hf_efficient_attn" / "recipes" / "options.py")
         elif isinstance(node, ast.Name) and node.id == "study_app":
             found |= (
                 flags_of(ROOT / "hf_efficient_attn" / "bench" / "study.py") if script.parent.name != "bench" else set()

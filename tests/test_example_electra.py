@@ -1,102 +1,93 @@
 """The pretraining example as a user runs it: on small files, interrupted and resumed, and with wrong input."""
 
 import csv
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
+from example_runs import check_outputs, damage_last_checkpoint, error_of, run_example, run_here, write_jsonl
 from helpers import no_warnings
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_efficient_attn import EffElectraForPreTraining, EffNystromformerForReplacedTokenDetection
 
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "pretrain_electra.py"
+NAME = "pretrain_electra"
 SHORT = ["--max-length", "16", "--batch-size", "4", "--vocab-size", "200"]
+WORDS = "the quick brown fox jumps over a lazy dog and reads about attention in long texts".split()
+LINES = [" ".join(WORDS[i % 7 :: 1 + i % 3]) for i in range(200)]
+DATA = ["--dataset", "texts.txt", "--output-dir", "out"]
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A text file in `tmp_path`."""
-    words = "the quick brown fox jumps over a lazy dog and reads about attention in long texts".split()
-    lines = [" ".join(words[i % 7 :: 1 + i % 3]) for i in range(200)]
-    (tmp_path / "texts.txt").write_text("\n".join(lines))
-    return tmp_path
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `texts.txt` and both models in `out`, after six steps."""
+    folder = tmp_path_factory.mktemp("electra")
+    (folder / "texts.txt").write_text("\n".join(LINES))
+    printed = run_example(NAME, folder, *SHORT, *DATA, "--max-steps", "6")
+    assert "held out, after 6 steps" in printed and "replaced recall" in printed
+    return folder
 
 
-def example(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLE), "--cpu", *SHORT, *options]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-
-
-def test_from_a_text_file_to_two_models_and_on_after_a_break(texts: Path) -> None:
-    options = ["--dataset", "texts.txt", "--output-dir", "out"]
-    result = example(texts, *options, "--steps", "6")
-    assert result.returncode == 0, result.stderr
-    assert "held out, after 6 steps" in result.stdout and "replaced recall" in result.stdout
-    out = texts / "out"
+def test_from_a_text_file_to_two_models(pretrained: Path) -> None:
+    out = pretrained / "out"
     with no_warnings():
         EffElectraForPreTraining.from_pretrained(out / "discriminator")
         AutoModelForMaskedLM.from_pretrained(out / "generator")
     model = AutoModelForSequenceClassification.from_pretrained(out / "discriminator", num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(out / "discriminator")
     assert model(**tokenizer("the fox", return_tensors="pt")).logits.shape == (1, 2)
-    rows = list(csv.DictReader((out / "curves.csv").open()))
+    check_outputs(out, "generator_loss", "discriminator_loss", "replaced_recall")
+    rows = list(csv.DictReader((out / "training.csv").open()))
     assert [row["step"] for row in rows if row["generator_loss"]] == [str(step) for step in range(1, 7)]
     assert any(row["eval_replaced_recall"] for row in rows)
-    assert (out / "curves.png").stat().st_size > 1000
-
-    more = example(texts, *options, "--steps", "8", "--resume")
-    assert more.returncode == 0, more.stderr
-    assert (out / "checkpoint-8").is_dir() and "after 8 steps" in more.stdout
-    other = example(texts, *options, "--steps", "9", "--resume", "--family", "eff_performer")
-    assert other.returncode == 1 and "checkpoint-8 is of another model" in other.stderr
-    assert "Traceback" not in other.stderr and not (out / "checkpoint-9").exists()
 
 
-def test_another_family_and_objective(texts: Path) -> None:
+def test_goes_on_after_a_break(pretrained: Path) -> None:
+    out = pretrained / "out"
+    damaged, _ = damage_last_checkpoint(out)
+    with pytest.warns(UserWarning, match=f"{damaged.name} is passed over"):
+        printed = run_here(NAME, pretrained, *SHORT, *DATA, "--max-steps", "8", "--resume")
+    assert (out / "checkpoint-8").is_dir() and "after 8 steps" in printed
+    other = error_of(NAME, pretrained, *SHORT, *DATA, "--max-steps", "9", "--resume", "--family", "eff_performer")
+    assert "checkpoint-8 is of another model" in other and not (out / "checkpoint-9").exists()
+
+
+def test_models_are_pretrained_further_on_a_stream(pretrained: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": line} for line in LINES])
+    stream = ["--dataset", "rows.jsonl", "--streaming", "--max-eval-examples", "20", "--max-steps", "2"]
+    printed = run_here(NAME, tmp_path, *SHORT, *stream, "--model", pretrained / "out", "--output-dir", "joint")
+    assert "a stream of blocks" in printed
+    pair = ["--model", pretrained / "out" / "discriminator", "--generator", pretrained / "out" / "generator"]
+    run_here(NAME, tmp_path, *SHORT, *stream, *pair, "--output-dir", "pair", "--gradient-checkpointing")
+    alone = error_of(NAME, tmp_path, *SHORT, *stream, *pair[:2], "--output-dir", "alone")
+    assert "is a eff_electra, one of two models: name the other one with --generator" in alone
+
+
+def test_another_family_and_objective(pretrained: Path, tmp_path: Path) -> None:
     options = ["--family", "eff_nystromformer", "--objective", "electra_15", "--sharing", "none", "--whole-word"]
-    result = example(texts, "--dataset", "texts.txt", "--steps", "2", *options)
-    assert result.returncode == 0, result.stderr
-    EffNystromformerForReplacedTokenDetection.from_pretrained(texts / "electra" / "discriminator")
+    run_here(NAME, tmp_path, *SHORT, "--dataset", pretrained / "texts.txt", "--max-steps", "2", *options)
+    EffNystromformerForReplacedTokenDetection.from_pretrained(tmp_path / "electra" / "discriminator")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--dataset", "none.txt"], "Error: there is no file none.txt"),
-        (["--dataset", "texts.txt", "--text-column", "body"], "Error: there is no column 'body', only text"),
+        (["--dataset", "texts.txt", "--text-column", "body"], "no column 'body', it has text"),
         (["--dataset", "texts.txt", "--resume"], "holds no checkpoint to go on from"),
         (["--dataset", "empty.txt"], "Error: empty.txt"),
         (["--dataset", "one.txt"], "one.txt has 1 rows, and both sides need one"),
         (["--dataset", "two.txt"], "Error: "),
-        (["--dataset", "numbers.csv"], "column 'text' has rows that are no text"),
+        (["--dataset", "numbers.csv"], "column 'text' of the training side has rows that are no str"),
         (["--dataset", "texts.txt", "--tokenizer", "nowhere"], "Error: "),
         (["--dataset", "texts.txt", "--sharing", "all"], "give both the same size, or set sharing = 'none'"),
         (["--dataset", "texts.txt", "--family", "eff_reformer"], "eff_reformer has no such choice; leave it out"),
+        (["--dataset", "texts.txt", "--generator", "nowhere"], "--generator goes with --model"),
+        (["--max-steps", "-3"], "argument --max-steps: -3 is not a whole number above 0"),
     ],
 )
-def test_wrong_input_is_explained_in_one_line(
-    options: list[str], message: str, texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(texts)
-    for name, text in {"empty.txt": "", "one.txt": "a b", "two.txt": "a\nb", "numbers.csv": "text\n1\n2\n3\n"}.items():
-        (texts / name).write_text(text)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(texts / "cache"))
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--cpu", *SHORT, "--steps", "1", *options])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert message in str(stop.value) and "\n" not in str(stop.value)
-
-
-def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--steps", "-3"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert "--steps -3: give 1 or more" in capsys.readouterr().err
+def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    texts = {"texts.txt": "\n".join(LINES), "empty.txt": "", "one.txt": "a b", "two.txt": "a\nb"}
+    for name, text in {**texts, "numbers.csv": "text\n1\n2\n3\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert message in error_of(NAME, tmp_path, *SHORT, "--max-steps", "1", *options)

@@ -1,34 +1,24 @@
-"""The examples run as a user runs them: in a process of their own, on small files, and explain what is wrong."""
+"""The classification example as a user runs it: on small files, interrupted and resumed, and with wrong input."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import runpy
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
+from example_runs import check_outputs, damage_last_checkpoint, error_of, run_example, run_here, write_jsonl
 from transformers import pipeline
 
 import hf_efficient_attn  # noqa: F401  (the pipeline is to know its models)
 
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "finetune_classification.py"
+NAME = "finetune_classification"
 TEXTS = ["the red apple is sweet and round", "a blue sky over the cold sea", "green grass grows in the warm field"]
 LABELS = ["fruit", "air", "plant"]
-
-
-def example(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the example in `tmp_path`, with the data sets' cache there."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLE), "--cpu", *options]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+COLUMNS = ["--dataset", "rows.csv", "--text-column", "body", "--label-column", "topic", "--max-length", "32"]
 
 
 def rows(count: int = 30) -> list[dict[str, str]]:
@@ -48,47 +38,47 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `rows.csv` and the small classifier in `out` that the example trained on it."""
     folder = tmp_path_factory.mktemp("csv")
     write_csv(folder / "rows.csv", rows())
-    columns = ["--text-column", "body", "--label-column", "topic"]
-    result = example(
-        folder, "--dataset", "rows.csv", *columns, "--max-length", "32", "--epochs", "2", "--output-dir", "out"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Held-out accuracy" in result.stdout and "3 labels" in result.stdout
+    printed = run_example(NAME, folder, *COLUMNS, "--epochs", "2", "--output-dir", "out")
+    assert "Held-out accuracy" in printed and "3 labels; the most frequent label has" in printed
     return folder
 
 
 def test_a_csv_file_gives_a_classifier_with_named_labels(finetuned: Path) -> None:
+    check_outputs(finetuned / "out", "loss", "accuracy")
     config = json.loads((finetuned / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "air", "1": "fruit", "2": "plant"}
-    assert (finetuned / "out" / "model.safetensors").is_file()
     answer = pipeline("text-classification", model=str(finetuned / "out"), device="cpu")("a red apple", truncation=True)
     assert answer[0]["label"] in LABELS
 
 
 def test_a_checkpoint_is_tuned_further_on_json_with_other_labels(finetuned: Path, tmp_path: Path) -> None:
     table = [{"text": row["body"], "label": index % 2 + 1} for index, row in enumerate(rows())]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in table))
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in table[:6]))
-    options = ["--dataset", "train.jsonl", "--eval-dataset", "test.jsonl", "--model", str(finetuned / "out")]
-    result = example(tmp_path, *options, "--epochs", "1", "--max-train-examples", "8", "--gradient-checkpointing")
-    assert result.returncode == 0, result.stderr
-    assert "on 6 documents, 2 labels" in result.stdout
+    write_jsonl(tmp_path / "train.jsonl", table)
+    write_jsonl(tmp_path / "test.jsonl", table[:6])
+    options = ["--dataset", "train.jsonl", "--eval-dataset", "test.jsonl", "--model", finetuned / "out"]
+    printed = run_here(
+        NAME, tmp_path, *options, "--max-train-examples", "8", "--epochs", "1", "--gradient-checkpointing"
+    )
+    assert "on 6 documents, 2 labels" in printed
     assert json.loads((tmp_path / "finetuned" / "config.json").read_text())["id2label"] == {"0": "1", "1": "2"}
 
 
-def test_training_goes_on_from_the_last_checkpoint(finetuned: Path) -> None:
-    columns = ["--text-column", "body", "--label-column", "topic", "--max-length", "32", "--output-dir", "out"]
-    steps = [int(folder.name.split("-")[1]) for folder in (finetuned / "out").glob("checkpoint-*")]
-    result = example(finetuned, "--dataset", "rows.csv", *columns, "--epochs", "3", "--resume")
-    assert result.returncode == 0, result.stderr
-    assert (finetuned / "out" / f"checkpoint-{max(steps) * 3 // 2}").is_dir()
+def test_training_goes_on_from_the_last_complete_checkpoint(finetuned: Path) -> None:
+    damaged, step = damage_last_checkpoint(finetuned / "out")
+    assert "out holds checkpoint-" in error_of(NAME, finetuned, *COLUMNS, "--output-dir", "out")
+    other = ["--output-dir", "out", "--resume", "--family", "eff_performer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert f"checkpoint-{step} is of another model" in error_of(NAME, finetuned, *COLUMNS, *other)
+    with pytest.warns(UserWarning, match=f"{damaged.name} is passed over"):
+        run_here(NAME, finetuned, *COLUMNS, "--output-dir", "out", "--epochs", "3", "--resume")
+    history = json.loads((finetuned / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry][:3] == [step, 2 * step, 3 * step]
 
 
 def test_layers_further_from_the_head_learn_more_slowly(finetuned: Path, tmp_path: Path) -> None:
-    columns = ["--text-column", "body", "--label-column", "topic", "--max-length", "32", "--epochs", "1"]
-    data = ["--dataset", str(finetuned / "rows.csv"), *columns, "--output-dir", "out"]
-    result = example(tmp_path, *data, "--layer-decay", "0.5", "--learning-rate", "1e-3")
-    assert result.returncode == 0, result.stderr
+    data = [*COLUMNS[2:], "--dataset", finetuned / "rows.csv", "--epochs", "1", "--output-dir", "out"]
+    run_here(NAME, tmp_path, *data, "--layer-decay", "0.5", "--learning-rate", "1e-3")
     checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
     groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
     initial = {group["name"]: group["initial_lr"] for group in groups if "," not in group["name"]}
@@ -100,10 +90,18 @@ def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> N
     for index, row in enumerate(rows(12)):
         (tmp_path / "texts" / row["topic"]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / row["topic"] / f"{index}.txt").write_text(row["body"])
-    options = ["--dataset", "texts", "--max-length", "16", "--epochs", "1", "--output-dir", "out"]
-    result = example(tmp_path, *options)
-    assert result.returncode == 0, result.stderr
+    run_here(NAME, tmp_path, "--dataset", "texts", "--max-length", "16", "--epochs", "1", "--output-dir", "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["0"] == "air"
+
+
+def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": row["body"], "label": row["topic"]} for row in rows()])
+    stream = ["--dataset", "rows.jsonl", "--streaming", "--max-steps", "3", "--max-eval-examples", "6"]
+    stream += ["--max-length", "16", "--output-dir", "out"]
+    assert "name them all with --labels" in error_of(NAME, tmp_path, *stream)
+    printed = run_here(NAME, tmp_path, *stream, "--labels", *LABELS)
+    assert "a stream of documents to learn, 6 held out; 3 labels" in printed
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["0"] == "fruit"
 
 
 @pytest.mark.parametrize(
@@ -117,38 +115,21 @@ def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> N
         (["--dataset", "floats.csv"], "column 'label' has to hold strings or whole numbers"),
         (["--dataset", "gaps.csv"], "column 'label' is empty in"),
         (["--dataset", "good.csv", "--resume", "--max-length", "8"], "holds no checkpoint to go on from"),
+        (["--dataset", "good.csv", "--layer-decay", "2"], "argument --layer-decay: 2 is above 1"),
+        (["--dataset", "good.csv", "--model", "nowhere"], "nowhere"),
+        (["--dataset", "good.csv", "--output-dir", "good.csv"], "good.csv is a file"),
     ],
 )
-def test_wrong_input_is_explained_in_one_line(
-    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
     write_csv(tmp_path / "rows.csv", rows())
     (tmp_path / "rows.xml").write_text("<a/>")
     write_csv(tmp_path / "floats.csv", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}] * 5)
     write_csv(tmp_path / "gaps.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": None}] * 9)
     write_csv(tmp_path / "good.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9)
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--cpu", *options])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert str(stop.value).startswith("Error: ") and message in str(stop.value)
-    assert "\n" not in str(stop.value)
+    assert message in error_of(NAME, tmp_path, *options)
+    assert not (tmp_path / "finetuned").exists()
 
 
 def test_an_unknown_name_is_explained_without_a_traceback(tmp_path: Path) -> None:
-    result = example(tmp_path, "--dataset", "no/such-name")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "Error: no/such-name is no file, and cannot be loaded as a data set" in result.stderr
-
-
-def test_the_help_names_every_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--dataset", "--text-column", "--model", "--max-length", "--resume", "--push-to-hub"):
-        assert option in text
+    line = error_of(NAME, tmp_path, "--dataset", "no/such-name")
+    assert "Error: no/such-name is no file, and cannot be loaded as a data set" in line

@@ -56,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": PUBLIC - {"__init__"},
     "bench": PUBLIC,
     "demo": PUBLIC | {"bench"},
+    "recipes": PUBLIC | {"demo"},
     "cli": PUBLIC | {"bench", "demo"},
     "__main__": {"cli"},
 }
@@ -74,7 +75,7 @@ SHARED_WITHIN: dict[str, set[str]] = {
 KNOW_ALL = {"__init__", "named"}
 
 # Programs: they may use `import hf_efficient_attn...` and `from . import name`.
-PROGRAMS = {"bench", "demo", "cli", "__main__"}
+PROGRAMS = {"bench", "demo", "recipes", "cli", "__main__"}
 PROGRAM_MODULES = {"__main__", "worker"}
 
 # Rooms that import by statement only, so that everything they import can be seen here.
@@ -217,7 +218,7 @@ def split(name: str | None) -> tuple[str, ...]:
 
 
 # Scripts beside the package use its public names only, and the folders named here are open to them.
-OPEN_TO_SCRIPTS = {(), ("bench",), ("data",), ("demo",), ("functional",)}
+OPEN_TO_SCRIPTS = {(), ("bench",), ("data",), ("demo",), ("functional",), ("recipes",)}
 
 
 def test_scripts_use_public_names() -> None:

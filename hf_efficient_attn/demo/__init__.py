@@ -7,6 +7,8 @@ Its parts are for use elsewhere too: `stdlib_corpus` and `english_corpus` need n
 from .baselines import bag_of_tokens_accuracy
 from .corpus import Corpus, SourceFile, cap_per_label, cut_documents, read_packages, split_by_file, stdlib_corpus
 from .english import EnglishCorpus, english_corpus
+from .names import ROLES, label_names, names_corpus
+from .questions import questions_corpus
 from .run import QUICK, DemoReport, DemoSettings, run_demo
 from .sources import load_sides
 from .tokenizer import train_tokenizer, train_wordpieces
@@ -15,6 +17,7 @@ from .training import TimeLimit, accuracy, finetune, pack_texts, small_config, t
 
 __all__ = [
     "QUICK",
+    "ROLES",
     "Corpus",
     "DemoReport",
     "DemoSettings",
@@ -27,8 +30,11 @@ __all__ = [
     "cut_documents",
     "english_corpus",
     "finetune",
+    "label_names",
     "load_sides",
+    "names_corpus",
     "pack_texts",
+    "questions_corpus",
     "read_packages",
     "run_demo",
     "small_config",

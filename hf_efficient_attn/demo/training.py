@@ -1,9 +1,10 @@
-"""Texts as tokens to train on; a small EffLongformer classifier and its fine-tuning with `Trainer`."""
+"""Texts as tokens to train on; small models of any family; an EffLongformer classifier trained with `Trainer`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -20,7 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_efficient_attn import EffLongformerConfig, EffLongformerForSequenceClassification
+import hf_efficient_attn
+from hf_efficient_attn import FAMILIES, EffLongformerForSequenceClassification
 
 from .corpus import Corpus
 
@@ -28,44 +31,65 @@ from .corpus import Corpus
 MIN_BLOCK = 8
 
 
+# What mechanisms need to be small, for the families that have such a field.
+SMALL_OPTIONS = {
+    "attention_window": 64,
+    "block_size": 16,
+    "num_random_blocks": 2,
+    "num_landmarks": 32,
+    "conv_kernel_size": 33,
+    "num_features": 64,
+    "local_attn_chunk_length": 64,
+    "lsh_attn_chunk_length": 64,
+    "axial_norm_std": 0.02,
+}
+
+
 def small_config(
-    tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int, **options: Any
-) -> EffLongformerConfig:
-    """The config of a classifier small enough to train from scratch in minutes on a CPU.
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    max_length: int,
+    family: str = "eff_longformer",
+    **options: Any,
+) -> PreTrainedConfig:
+    """The config of a model small enough to train from scratch in minutes on a CPU.
 
     Args:
         tokenizer: gives the vocabulary's size and the special tokens' ids.
-        labels: the labels' names, in the order of their ids.
+        labels: the labels' names, in the order of their ids; none for a model without.
         max_length: the longest input, in tokens.
-        options: any fields of `EffLongformerConfig`, in place of the ones chosen here.
+        family: a name in `TEXT_FAMILIES`.
+        options: any fields of its config, in place of the ones chosen here.
     """
+    config_class = getattr(hf_efficient_attn, FAMILIES[family].config_name)
     hidden_size = options.get("hidden_size", 64)
-    return EffLongformerConfig(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 2 * hidden_size,
-            "attention_window": 64,
-            # RoBERTa-style position tables reserve the rows up to the pad id.
-            "max_position_embeddings": max_length + tokenizer.pad_token_id + 1,
-            "type_vocab_size": 0,
-            # From scratch in a few hundred steps: norms before the layers, and weights that keep the signal's scale,
-            # where BERT's post-norm and 0.02 need a long warm-up.
-            "norm_position": "pre",
-            "initializer_range": 0.08,
-            # Dropout of the probabilities would double the time of attention.
-            "attention_probs_dropout_prob": 0.0,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
+    chosen = {
+        **SMALL_OPTIONS,
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden_size,
+        # RoBERTa-style position tables reserve the rows up to the pad id.
+        "max_position_embeddings": max_length + tokenizer.pad_token_id + 1,
+        "type_vocab_size": 0,
+        # From scratch in a few hundred steps: norms before the layers, and weights that keep the signal's scale,
+        # where BERT's post-norm and 0.02 need a long warm-up.
+        "initializer_range": 0.08,
+        # Dropout of the probabilities would double the time of attention.
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if family != "eff_reformer":  # whose reversible layers know one order only
+        chosen["norm_position"] = "pre"
+    known = {field.name for field in fields(config_class)}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"):
+        chosen[name] = getattr(tokenizer, name)
+    if labels:
+        chosen |= {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
-            **options,
         }
-    )
+    return config_class(**{**{name: value for name, value in chosen.items() if name in known}, **options})
 
 
 def tokenize_texts(

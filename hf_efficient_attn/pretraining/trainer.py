@@ -46,7 +46,7 @@ class ElectraTrainer(Trainer):
         self._sums = {True: self._no_counts(), False: self._no_counts()}
         self._masking = _masking_collator(self.data_collator)
         if self._masking is not None:
-            self.add_callback(_EpochOfMasks(self._masking))
+            self.add_callback(EpochOfMasks(self._masking))
 
     def _no_counts(self) -> Tensor:
         device = self.args.device
@@ -113,8 +113,15 @@ def _masking_collator(collator: Any) -> Any:
     return collator
 
 
-class _EpochOfMasks(TrainerCallback):
-    """Tells a collator the epoch, before its first batch is made."""
+class EpochOfMasks(TrainerCallback):
+    """Tells a collator the epoch, before its first batch is made, in any Trainer.
+
+    Every epoch then has other masks, and an interrupted run goes on with the ones it would have had. `ElectraTrainer`
+    does it by itself.
+
+    Args:
+        collator: has `set_epoch`, as `DataCollatorForReplacedTokenDetection`.
+    """
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
