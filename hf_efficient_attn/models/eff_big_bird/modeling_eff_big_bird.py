@@ -135,14 +135,18 @@ class EffBigBirdForQuestionAnswering(ForQuestionAnswering, EffBigBirdPreTrainedM
     """EffBigBird that marks an answer.
 
     As published: where `input_ids` are given, the question is what stands up to the first separator; its tokens but the
-    first are no answer, and without `token_type_ids` it has type 0 and what follows type 1.
+    first are no answer, and without `token_type_ids` it has type 0 and what follows type 1. Not so with
+    `config.plain_span_head`.
     """
 
     base_class = EffBigBirdModel
 
     def add_span_head(self, config: EffEncoderConfig) -> None:
-        """The published layers."""
-        self.qa_classifier = BigBirdSpanHead(config)
+        """The published layers, or one."""
+        if config.plain_span_head:
+            super().add_span_head(config)
+        else:
+            self.qa_classifier = BigBirdSpanHead(config)
 
     def _question(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which tokens are the question, its separator included, and which is the first: bool `[batch, length]`."""
@@ -158,12 +162,15 @@ class EffBigBirdForQuestionAnswering(ForQuestionAnswering, EffBigBirdPreTrainedM
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> Tensor | None:
         """0 for the question and 1 for the rest, where none are given."""
-        if token_type_ids is not None or input_ids is None or self.config.type_vocab_size < 2:
+        given = token_type_ids is not None or input_ids is None
+        if given or self.config.type_vocab_size < 2 or self.config.plain_span_head:
             return token_type_ids
         return (~self._question(input_ids, attention_mask)[0]).long()
 
     def span_logits(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """`[batch, length, 2]`, far below all others in the question."""
+        if self.config.plain_span_head:
+            return super().span_logits(hidden_states, input_ids, attention_mask)
         logits = self.qa_classifier(hidden_states)
         if input_ids is None:
             return logits

@@ -1,0 +1,18 @@
+"""Checkpoints of other models as models of this package, and the way back."""
+
+from .convert import Conversion, convert
+from .report import ConversionReport, Measure
+from .table import CONVERSIONS, REVERSALS, Row, find_row, render_tables
+
+
+__all__ = [
+    "CONVERSIONS",
+    "REVERSALS",
+    "Conversion",
+    "ConversionReport",
+    "Measure",
+    "Row",
+    "convert",
+    "find_row",
+    "render_tables",
+]
