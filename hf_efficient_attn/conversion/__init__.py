@@ -1,5 +1,6 @@
 """Checkpoints of other models as models of this package, and the way back."""
 
+from .command import convert_folder, read_options
 from .convert import Conversion, convert
 from .report import ConversionReport, Measure
 from .table import CONVERSIONS, REVERSALS, Row, find_row, render_tables
@@ -13,6 +14,8 @@ __all__ = [
     "Measure",
     "Row",
     "convert",
+    "convert_folder",
     "find_row",
+    "read_options",
     "render_tables",
 ]

@@ -20,6 +20,10 @@ from .sources import Source, open_source
 from .table import APPROXIMATE, FAMILY_NAMES, find_row
 
 
+_IDLE_BIAS = (
+    "lm_head.bias is copied, but transformers' Reformer does not add it, and eff_reformer does, as the released models "
+    "were trained: logits differ by it"
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -113,6 +117,8 @@ def convert(
     report = ConversionReport(opened.model_type, to, opened.class_name, "", row.verdict, row.why)
     report.left_out += opened.left_out
     keeps_positions = True
+    if _has_idle_bias(opened.model):
+        report.notes.append(_IDLE_BIAS)
     if opened.model_type in FAMILY_NAMES:
         made = _back(opened, to, max_length, options)
         model, report.copied, report.new = made.model, made.copied, made.new
@@ -182,8 +188,15 @@ def _measure_all(
     found = []
     for tokens, exact in sorted(sample_lengths(source, model.config, length).items()):
         ids = sample_ids(processor, theirs.config, tokens, text)
-        found.append(measure(theirs, model, arguments(ids), f"{tokens:,} tokens", exact and keeps))
+        size, differs = f"{tokens:,} tokens", _has_idle_bias(theirs)
+        found.append(measure(theirs, model, arguments(ids), size, exact and keeps, differs))
     return found
+
+
+def _has_idle_bias(model: PreTrainedModel) -> bool:
+    """Whether it is a Reformer of either package whose language-model head has a bias that only ours adds."""
+    bias = getattr(getattr(model, "lm_head", None), "bias", None)
+    return model.config.model_type in ("reformer", "eff_reformer") and bias is not None and bool(bias.any())
 
 
 def _next_steps(report: ConversionReport, source: Source) -> list[str]:

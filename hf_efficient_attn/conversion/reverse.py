@@ -102,7 +102,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _SOFTMAX,
         ("num_register_tokens", _is("num_register_tokens", 0), "it has no registers"),
         ("use_cls_token", _is("use_cls_token", True), "it has a class token"),
-        ("pooling", _is("pooling", "cls"), "the class token stands for an image"),
+        ("pooling", _is("pooling", "cls"), "its class token stands for an image"),
     ),
 }
 
@@ -217,10 +217,12 @@ def _state(source: Source, to: str, config: Any) -> tuple[dict[str, Tensor], dic
         table = torch.cat([front, table[ours.first_position :]])
         new["embeddings.position_embeddings.weight"] = f"shifted from row {ours.first_position} to row {reserved}"
     state["embeddings.position_embeddings.weight"] = table
-    types = state.get("embeddings.token_type_embeddings.weight", table.new_zeros(1, width))
+    name = "embeddings.token_type_embeddings.weight"
+    types = state.get(name, table.new_zeros(0, width))
     if len(types) < config.type_vocab_size:
-        state["embeddings.token_type_embeddings.weight"] = types[:1].expand(config.type_vocab_size, -1)
-        new["embeddings.token_type_embeddings.weight"] = "one token type, as often as its class needs it"
+        one = types if len(types) == 1 else table.new_zeros(1, width)
+        state[name] = one.expand(config.type_vocab_size, -1)
+        new[name] = "one token type, as often as its class needs it"
     if to == "nystromformer" and ours.conv_kernel_size is None:
         for layer in range(config.num_hidden_layers):
             name = f"encoder.layer.{layer}.attention.self.conv.weight"
