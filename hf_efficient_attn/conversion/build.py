@@ -90,7 +90,7 @@ def _fill_text(
     config: Any, to: str, suffix: str, state: dict[str, Tensor], positions: Positions, *, is_own: bool
 ) -> Built:
     notes, old = [], config.max_input_length
-    rows, keeps = positions.max_length or old, True
+    rows, keeps = old if positions.max_length is None else positions.max_length, True
     if rows != old:
         keeps = positions.how != "interpolate" or rows < old
         how = positions.how if rows > old else "cut off"

@@ -22,7 +22,7 @@ def convert_folder(
         conversion = convert(source, to, max_length, **options)
         conversion.save_pretrained(output_dir, force=force)
     except OSError as error:  # of transformers: nothing there, or nothing that can be read
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{source}: {error}") from error
     lines = str(conversion.report).replace(" OUT", f" {output_dir}")
     return f"{lines}\nwritten    {output_dir}"
 

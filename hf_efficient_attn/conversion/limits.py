@@ -30,7 +30,9 @@ def softmax_length(config: Any) -> int:
     if name == "big_bird":
         return big_bird_length(options)
     if name == "local":
-        return options.local_attn_chunk_length
+        # The last chunk is also the one before the first.
+        before = options.local_num_chunks_before if options.chunk_rule == "released" else 0
+        return (before + 1) * options.local_attn_chunk_length
     return 0
 
 

@@ -85,10 +85,9 @@ def open_source(source: Any, to: str, architecture: str | None, **where: Any) ->
     config = AutoConfig.from_pretrained(place, **where)
     find_row(config.model_type, to)
     cls = _class_of(config, architecture)
-    try:
-        model, info = cls.from_pretrained(place, output_loading_info=True, dtype="auto", **where)
-    except RuntimeError as error:  # shapes that do not fit
-        raise ValueError(f"{place} does not hold the weights of a {cls.__name__}: {error}") from error
+    # Otherwise shapes that do not fit raise without their names.
+    how = {"output_loading_info": True, "dtype": "auto", "ignore_mismatched_sizes": True}
+    model, info = cls.from_pretrained(place, **how, **where)
     extra = sorted(info["unexpected_keys"])
     wrong = {
         "missing": sorted(info["missing_keys"]),
