@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...attention.big_bird import BigBirdSelfAttention
+from ...encoder.activations import head_activation
 from ...encoder.configuration import EffEncoderConfig
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
 from ...encoder.layer import Intermediate, Output
@@ -50,11 +51,12 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
 
     def pool(self, first_token: Tensor) -> Tensor:
         """See `EffEncoderModel.pool`."""
-        return torch.tanh(self.pooler(first_token))
+        return self.activate(self.pooler(first_token))
 
     def add_parts(self, config: EffBigBirdConfig) -> None:
-        """The global tokens of the extended form."""
+        """The global tokens of the extended form, and the pooler's activation."""
         count = config.num_global_tokens
+        self.activate = head_activation(config.head_act, torch.tanh)
         self.global_embeddings = nn.Embedding(count, config.hidden_size) if count > 0 else None
 
     def encode(
