@@ -165,6 +165,7 @@ def test_longer_than_the_mechanism_reaches() -> None:
     short, long = report.measured
     assert (short.size, short.exact_here, long.exact_here) == ("128 tokens", True, False)
     assert max(short.hidden_states, short.outputs["logits"]) < 1e-5 < 1e-3 < long.hidden_states
+    assert "with these options exact for texts of up to 129 tokens" in report.notes
     assert "at 128 tokens (exact)" in str(report) and "(approximate)" in str(report)
 
 

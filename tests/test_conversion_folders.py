@@ -171,6 +171,8 @@ def test_wrong_options() -> None:
         convert(source, "eff_longformer", attention_windows=8)
     with pytest.raises(ValueError, match="hidden_size = 8: it is taken from the source; leave it out"):
         convert(source, "eff_longformer", hidden_size=8)
+    with pytest.raises(ValueError, match="pad_token_id = 1: it is taken from the source"):
+        convert(source, "eff_longformer", pad_token_id=1)
     with pytest.raises(ValueError, match="max_position_embeddings = 99: .* give max_length"):
         convert(source, "eff_longformer", max_position_embeddings=99)
     with pytest.raises(ValueError, match="positions = 'stretch': choose one of tile, interpolate, init"):

@@ -14,7 +14,7 @@ DECIDED_BY_SOURCE = frozenset(
     max_position_embeddings position_offset type_vocab_size rescale_embeddings norm_position layer_norm_eps use_bias
     tie_word_embeddings is_decoder add_cross_attention use_cls_token num_register_tokens patch_size num_channels
     qkv_bias pooler_act pooler_output_size attention_head_size attn_layers axial_pos_embds axial_pos_shape
-    axial_pos_embds_dim num_labels plain_span_head summary_use_proj summary_activation pooling
+    axial_pos_embds_dim pad_token_id num_labels plain_span_head summary_use_proj summary_activation pooling
     """.split()
 )
 

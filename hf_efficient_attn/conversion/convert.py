@@ -17,7 +17,7 @@ from .report import ConversionReport, Measure, measure, sample_ids, text_inputs
 from .reverse import build_original
 from .saving import check_folder, write_folder
 from .sources import Source, open_source
-from .table import APPROXIMATE, FAMILY_NAMES, find_row
+from .table import APPROXIMATE, BERT_SHAPED, FAMILY_NAMES, find_row
 
 
 _IDLE_BIAS = (
@@ -130,6 +130,9 @@ def convert(
         report.copied, report.new = built.filled.copied, built.filled.new
         report.left_out += [name for name in built.filled.left_out if name not in report.left_out]
         report.notes += built.notes
+        reach = softmax_length(model.config)
+        if opened.model_type in BERT_SHAPED and 0 < reach < model.config.max_input_length and keeps_positions:
+            report.notes.append(f"with these options exact for texts of up to {reach:,} tokens")
     report.target_class = type(model).__name__
     if processor is None:
         report.notes.append("no tokenizer or image processor was given or found; save one beside the model")
