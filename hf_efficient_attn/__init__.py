@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .attention import ATTENTIONS
     from .callbacks import ModelCardCallback, RedrawProjections, RedrawRotations
     from .checkpoints import checkpoint_problems, last_complete_checkpoint
+    from .conversion import Conversion, convert
     from .data import DataCollatorWithGlobalAttention, DataCollatorWithPacking, DataCollatorWithPatchMask
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
@@ -107,6 +108,7 @@ __version__ = "0.1.0"
 _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
+    "Conversion": ".conversion",
     "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
     "DataCollatorWithPacking": ".data",
@@ -120,6 +122,7 @@ _OTHER_NAMES = {
     "RedrawRotations": ".callbacks",
     "byte_tokenizer": ".tokenization",
     "checkpoint_problems": ".checkpoints",
+    "convert": ".conversion",
     "last_complete_checkpoint": ".checkpoints",
     "layerwise_parameter_groups": ".optimization",
 }

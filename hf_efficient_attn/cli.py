@@ -165,6 +165,32 @@ def run(
     run_program(program)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub name of a checkpoint.")],
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new model.")],
+    to: Annotated[str, typer.Option(help="eff_longformer, ...; from a model of this package longformer, ...")],
+    max_length: Annotated[int | None, typer.Option(help="Tokens that the new model reads; default: as before.")] = None,
+    positions: Annotated[str, typer.Option(help="tile, interpolate or init, for more positions.")] = "tile",
+    option: Annotated[
+        list[str] | None, typer.Option(help="Field of the new config, such as attention_window=256; repeatable.")
+    ] = None,
+    architecture: Annotated[str | None, typer.Option(help="Class of the weights, if the config names none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a name on the Hub.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
+) -> None:
+    """Convert a checkpoint, BERT's or an original's, into a model of this package, or back.
+
+    What becomes what, and how exactly: model_cards/CONVERSION.md. Prints what was copied, what is new, and how far the
+    outputs are from the source's.
+    """
+    with _one_line_errors():
+        from .conversion import convert_folder, read_options
+
+        options = {"positions": positions, "architecture": architecture, "revision": revision, **read_options(option)}
+        typer.echo(convert_folder(source, to, output_dir, max_length, force=force, **options))
+
+
 def main() -> None:
     """The entry point."""
     program = sys.argv[2:] if sys.argv[1:2] == ["run"] else []

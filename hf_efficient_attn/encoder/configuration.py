@@ -180,6 +180,8 @@ class EffEncoderConfig(EffConfig):
         vocab_size: number of tokens.
         embedding_size: width of the embeddings, projected to `hidden_size` where it differs; None is `hidden_size`.
         classifier_dropout: dropout in the task heads; None is `hidden_dropout_prob`.
+        head_act: activation of the heads' dense layer (of the pooler, where that is the layer); None is the published
+            one of the family. What converts a checkpoint of another family sets it where the two differ.
         max_position_embeddings: rows of the position table, reserved ones included.
         position_offset: row of the first token's position. BERT has 0; None is `pad_token_id + 1` as in RoBERTa. With
             an offset, pad ids stand for the attention mask where none is given.
@@ -208,6 +210,7 @@ class EffEncoderConfig(EffConfig):
     vocab_size: int = 30522
     embedding_size: int | None = None
     classifier_dropout: float | int | None = None
+    head_act: str | None = None
     max_position_embeddings: int = 512
     position_offset: int | None = 0
     type_vocab_size: int = 2
@@ -254,6 +257,8 @@ class EffEncoderConfig(EffConfig):
         if self.embedding_size is not None and self.embedding_size < 1:
             raise ValueError(f"embedding_size = {self.embedding_size}: it must be 1 or more, or None (hidden_size).")
         self.check_probabilities("classifier_dropout")
+        if self.head_act is not None:
+            self.check_activation("head_act")
         if self.norm_position not in ("post", "pre"):
             raise ValueError(f"norm_position = {self.norm_position!r}: choose 'post' (BERT) or 'pre'.")
         if self.max_input_length < 1:

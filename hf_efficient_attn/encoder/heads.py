@@ -1,11 +1,12 @@
 """The few shapes of published task heads. A family picks one a task; parameter names are the published ones."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .activations import activation
+from .activations import activation, head_activation
 from .chunks import in_chunks
 from .configuration import EffEncoderConfig
 
@@ -38,6 +39,7 @@ class RobertaLMHead(LMBias):
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.activate = head_activation(config.head_act, nn.functional.gelu)
 
     @property
     def vocabulary(self) -> LMBias:
@@ -46,7 +48,7 @@ class RobertaLMHead(LMBias):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, vocab_size]`."""
-        return self.decoder(self.layer_norm(nn.functional.gelu(self.dense(hidden_states))))
+        return self.decoder(self.layer_norm(self.activate(self.dense(hidden_states))))
 
 
 class PlainLMHead(nn.Module):
@@ -91,7 +93,7 @@ class BertTransform(nn.Module):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = activation(config.hidden_act)
+        self.activation = activation(config.head_act or config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -157,10 +159,12 @@ class DenseClassificationHead(nn.Module):
         self.dense = nn.Linear(config.output_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.activate = head_activation(config.head_act, self.published_activation(config))
 
-    def activate(self, states: Tensor) -> Tensor:
-        """The activation between the two maps."""
-        return torch.tanh(states)
+    @staticmethod
+    def published_activation(config: EffEncoderConfig) -> Callable:
+        """The activation between the two maps, where the config names no other."""
+        return torch.tanh
 
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, num_labels]`."""
@@ -170,13 +174,10 @@ class DenseClassificationHead(nn.Module):
 class ActivatedClassificationHead(DenseClassificationHead):
     """BigBird's and Nystromformer's `classifier`: as RoBERTa's, with the config's activation in place of tanh."""
 
-    def __init__(self, config: EffEncoderConfig) -> None:
-        super().__init__(config)
-        self.activation = activation(config.hidden_act)
-
-    def activate(self, states: Tensor) -> Tensor:
-        """See `DenseClassificationHead.activate`."""
-        return self.activation(states)
+    @staticmethod
+    def published_activation(config: EffEncoderConfig) -> Callable:
+        """See `DenseClassificationHead.published_activation`."""
+        return activation(config.hidden_act)
 
 
 class ReplacedTokenHead(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_plain
-from .activations import activation
+from .activations import activation, head_activation
 from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
 from .configuration import EffConfig, EffEncoderConfig
 from .packing import Documents
@@ -203,7 +203,8 @@ class Pooler(nn.Module):
     def __init__(self, config: EffEncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activate = head_activation(config.head_act, torch.tanh)
 
     def forward(self, first_token: Tensor) -> Tensor:
         """`[batch, hidden]` -> `[batch, hidden]`."""
-        return torch.tanh(self.dense(first_token))
+        return self.activate(self.dense(first_token))

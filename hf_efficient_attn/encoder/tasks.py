@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from .activations import head_activation
 from .configuration import EffEncoderConfig
 from .losses import choice_loss, sequence_classification_loss, span_loss, token_loss
 from .packing import refuse_documents
@@ -192,13 +193,14 @@ class ForMultipleChoice(TaskModel):
     def _add_head(self, config: EffEncoderConfig) -> None:
         if not self.reads_pooler:
             self.pre_classifier = nn.Linear(config.output_size, config.hidden_size)
+            self.activate = head_activation(config.head_act, torch.relu)
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
 
     def choice_scores(self, state: Tensor) -> Tensor:
         """The score of each text, `[texts, 1]`, from its `state` `[texts, hidden]`."""
         if not self.reads_pooler:
-            state = torch.relu(self.pre_classifier(state))
+            state = self.activate(self.pre_classifier(state))
         return self.classifier(self.dropout(state))
 
     @can_return_tuple

@@ -15,6 +15,8 @@ class EffBigBirdConfig(BigBirdOptions, EffEncoderConfig):
 
     Args:
         use_bias: query, key and value have biases.
+        plain_span_head: question answering with one linear map, as in BERT, in place of the published head with a
+            feed-forward layer and a rule of its own for the question.
 
     Example:
 
@@ -35,6 +37,7 @@ class EffBigBirdConfig(BigBirdOptions, EffEncoderConfig):
     eos_token_id: int | list[int] | None = 2
     sep_token_id: int | None = 66
     use_bias: bool = True
+    plain_span_head: bool = False
 
     def check(self) -> None:
         """Raises `ValueError` for a value that breaks a rule."""

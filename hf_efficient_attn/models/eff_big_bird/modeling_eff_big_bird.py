@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...attention.big_bird import BigBirdSelfAttention
+from ...encoder.activations import head_activation
 from ...encoder.configuration import EffEncoderConfig
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
 from ...encoder.layer import Intermediate, Output
@@ -50,11 +51,12 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
 
     def pool(self, first_token: Tensor) -> Tensor:
         """See `EffEncoderModel.pool`."""
-        return torch.tanh(self.pooler(first_token))
+        return self.activate(self.pooler(first_token))
 
     def add_parts(self, config: EffBigBirdConfig) -> None:
-        """The global tokens of the extended form."""
+        """The global tokens of the extended form, and the pooler's activation."""
         count = config.num_global_tokens
+        self.activate = head_activation(config.head_act, torch.tanh)
         self.global_embeddings = nn.Embedding(count, config.hidden_size) if count > 0 else None
 
     def encode(
@@ -135,14 +137,18 @@ class EffBigBirdForQuestionAnswering(ForQuestionAnswering, EffBigBirdPreTrainedM
     """EffBigBird that marks an answer.
 
     As published: where `input_ids` are given, the question is what stands up to the first separator; its tokens but the
-    first are no answer, and without `token_type_ids` it has type 0 and what follows type 1.
+    first are no answer, and without `token_type_ids` it has type 0 and what follows type 1. Not so with
+    `config.plain_span_head`.
     """
 
     base_class = EffBigBirdModel
 
     def add_span_head(self, config: EffEncoderConfig) -> None:
-        """The published layers."""
-        self.qa_classifier = BigBirdSpanHead(config)
+        """The published layers, or one."""
+        if config.plain_span_head:
+            super().add_span_head(config)
+        else:
+            self.qa_classifier = BigBirdSpanHead(config)
 
     def _question(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which tokens are the question, its separator included, and which is the first: bool `[batch, length]`."""
@@ -158,12 +164,15 @@ class EffBigBirdForQuestionAnswering(ForQuestionAnswering, EffBigBirdPreTrainedM
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> Tensor | None:
         """0 for the question and 1 for the rest, where none are given."""
-        if token_type_ids is not None or input_ids is None or self.config.type_vocab_size < 2:
+        given = token_type_ids is not None or input_ids is None
+        if given or self.config.type_vocab_size < 2 or self.config.plain_span_head:
             return token_type_ids
         return (~self._question(input_ids, attention_mask)[0]).long()
 
     def span_logits(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """`[batch, length, 2]`, far below all others in the question."""
+        if self.config.plain_span_head:
+            return super().span_logits(hidden_states, input_ids, attention_mask)
         logits = self.qa_classifier(hidden_states)
         if input_ids is None:
             return logits

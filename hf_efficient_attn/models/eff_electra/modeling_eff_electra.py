@@ -1,9 +1,11 @@
 """EffElectra classes: the encoder frame around an attention of choice, with the published parameter names."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ...attention.named import named_attention
-from ...encoder.activations import activation
+from ...encoder.activations import activation, head_activation
 from ...encoder.configuration import EffEncoderConfig
 from ...encoder.heads import DenseClassificationHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
@@ -46,10 +48,11 @@ class ElectraTransform(nn.Module):
         width = config.embedding_size or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.activate = head_activation(config.head_act, nn.functional.gelu)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden]` -> `[batch, length, embedding_size]`."""
-        return self.LayerNorm(nn.functional.gelu(self.dense(hidden_states)))
+        return self.LayerNorm(self.activate(self.dense(hidden_states)))
 
 
 class EffElectraForMaskedLM(ForMaskedLM, EffElectraPreTrainedModel):
@@ -84,9 +87,10 @@ class EffElectraForPreTraining(ForReplacedTokenDetection, EffElectraPreTrainedMo
 class ElectraClassificationHead(DenseClassificationHead):
     """ELECTRA's `classifier`: as RoBERTa's, with gelu in place of tanh."""
 
-    def activate(self, states: Tensor) -> Tensor:
-        """See `DenseClassificationHead.activate`."""
-        return nn.functional.gelu(states)
+    @staticmethod
+    def published_activation(config: EffEncoderConfig) -> Callable:
+        """See `DenseClassificationHead.published_activation`."""
+        return nn.functional.gelu
 
 
 class EffElectraForSequenceClassification(ForSequenceClassification, EffElectraPreTrainedModel):
