@@ -1,0 +1,89 @@
+"""Which layer an attention module of another model is, and the random numbers that follow from it."""
+
+import gc
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..attention.performer import draw_projection
+
+
+# On modules without an index of their own; a number, so that copies of a model keep it.
+_NUMBER = "_efficient_attention_layer"
+
+
+def layer_of(module: nn.Module) -> int:
+    """The order of an attention module among the attention modules of its model, from 0."""
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        index = getattr(module, _NUMBER, None)
+    if index is None:
+        # The identity is part of the call so that a compiled layer is not taken for another one.
+        index = _found_number(module, id(module), torch.compiler.is_compiling())
+    return index
+
+
+@torch.compiler.assume_constant_result
+def _found_number(module: nn.Module, identity: int, compiling: bool) -> int:
+    numbers = next((found for found in map(number_layers, _living_models()) if identity in found), None)
+    if numbers is None:
+        raise ValueError(
+            f"this {type(module).__name__} belongs to no model of transformers, so its order is not known; set its "
+            "layer_idx."
+        )
+    if not compiling:
+        keep_numbers(module, numbers[identity])
+    return numbers[identity]
+
+
+def number_layers(model: PreTrainedModel) -> dict[int, int]:
+    """The order of every module that has `model`'s own config, by its id.
+
+    Only modules of one class count together. A part with another config is a model of its own, in whatever it is built.
+    """
+    counts: dict[type, int] = {}
+    numbers = {}
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config and not isinstance(module, PreTrainedModel):
+            numbers[id(module)] = counts.get(type(module), 0)
+            counts[type(module)] = numbers[id(module)] + 1
+    return numbers
+
+
+def keep_numbers(module: nn.Module, number: int) -> None:
+    """Write the order down where it is not written anyway."""
+    if getattr(module, "layer_idx", None) is None:
+        setattr(module, _NUMBER, number)
+
+
+def _living_models() -> list[PreTrainedModel]:
+    """Every model of this process: a module does not know what it is part of."""
+    return [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and "_modules" in vars(x)]
+
+
+def projection_of(
+    layer: int, features: int, head_dim: int, *, orthogonal: bool, seed: int, device: torch.device
+) -> Tensor:
+    """The projection `[features, head_dim]` of a layer, float32 on `device`: a pure function of the other arguments.
+
+    It is drawn once a device and kept outside of every model.
+    """
+    # Detached, which it is anyway: a graph knows nothing of a constant tensor but what operations make of it.
+    return _constant_projection(layer, features, head_dim, orthogonal, seed, device).detach()
+
+
+@torch.compiler.assume_constant_result
+def _constant_projection(
+    layer: int, features: int, head_dim: int, orthogonal: bool, seed: int, device: torch.device
+) -> Tensor:
+    return _kept_projection(layer, features, head_dim, orthogonal, seed, str(device))
+
+
+@lru_cache(maxsize=1024)
+def _kept_projection(layer: int, features: int, head_dim: int, orthogonal: bool, seed: int, device: str) -> Tensor:
+    # Not a tensor of whatever mode the first caller is in: it outlives that.
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
+        drawn = draw_projection(features, head_dim, orthogonal=orthogonal, seed=seed, layer=layer, redraw=0)
+        return drawn.float().to(device)
