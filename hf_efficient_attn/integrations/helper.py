@@ -76,7 +76,9 @@ def use_efficient_attention(model: Model, mechanism: str | None, **options: Any)
     for config in configs:
         setattr(config, FIELD, {**(getattr(config, FIELD, None) or {}), mechanism: dict(options)})
     try:
-        _number(model)
+        # Inner parts come behind and win, as they do in `layer_of`.
+        for part in _parts(model):
+            keep_numbers(part, number_layers(part))
         model.set_attn_implementation(PREFIX + mechanism)
         _check_called(model)
     except BaseException:
@@ -92,15 +94,6 @@ def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs of a model and its parts, each once."""
     return list({id(part.config): part.config for part in _parts(model)}.values())
-
-
-def _number(model: PreTrainedModel) -> None:
-    # The innermost part counts: it is the one that stays the same, whatever it is built into.
-    for part in _parts(model):
-        numbers = number_layers(part)
-        for module in part.modules():
-            if id(module) in numbers:
-                keep_numbers(module, numbers[id(module)])
 
 
 def _check_called(model: PreTrainedModel) -> None:

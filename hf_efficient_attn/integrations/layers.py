@@ -27,14 +27,17 @@ def layer_of(module: nn.Module) -> int:
 
 @torch.compiler.assume_constant_result
 def _found_number(module: nn.Module, identity: int, compiling: bool) -> int:
-    numbers = next((found for found in map(number_layers, _living_models()) if identity in found), None)
-    if numbers is None:
+    models = [(model, number_layers(model)) for model in _living_models()]
+    models = [(model, numbers) for model, numbers in models if identity in numbers]
+    if not models:
         raise ValueError(
             f"this {type(module).__name__} belongs to no model of transformers, so its order is not known; set its "
             "layer_idx."
         )
+    # The innermost one: it is what stays the same, whatever it is built into.
+    model, numbers = min(models, key=lambda found: len(found[1]))
     if not compiling:
-        keep_numbers(module, numbers[identity])
+        keep_numbers(model, numbers)
     return numbers[identity]
 
 
@@ -52,10 +55,11 @@ def number_layers(model: PreTrainedModel) -> dict[int, int]:
     return numbers
 
 
-def keep_numbers(module: nn.Module, number: int) -> None:
-    """Write the order down where it is not written anyway."""
-    if getattr(module, "layer_idx", None) is None:
-        setattr(module, _NUMBER, number)
+def keep_numbers(model: nn.Module, numbers: dict[int, int]) -> None:
+    """Write the order down at the modules that do not have it anyway."""
+    for module in model.modules():
+        if id(module) in numbers and getattr(module, "layer_idx", None) is None:
+            setattr(module, _NUMBER, numbers[id(module)])
 
 
 def _living_models() -> list[PreTrainedModel]:

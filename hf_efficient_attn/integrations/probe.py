@@ -29,22 +29,48 @@ def _noting() -> Iterator[list[nn.Module]]:
 
 
 def calling_modules(model: PreTrainedModel) -> list[nn.Module] | None:
-    """The modules that called an `eff:` function when `model` ran on a tiny input; None where none could be made.
+    """The modules that call an `eff:` function when `model` runs on a tiny input, or its parts where it cannot.
 
-    No random number is drawn, and nothing is changed.
+    No random number is drawn, and nothing is changed. None where no part runs on a tiny input.
+
+    Raises:
+        ValueError: what the functions raise.
     """
-    inputs = _tiny_input(model)
-    if inputs is None:
-        return None
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _noting() as called, torch.no_grad():
-            model(**inputs)
-        return called
+        called = _run(model)
+        if called is not None:
+            return called
+        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+        runs = [called for part in parts if (called := _run(part)) is not None]
+        return sum(runs, []) if runs else None
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _run(model: PreTrainedModel) -> list[nn.Module] | None:
+    inputs = _tiny_input(model)
+    if inputs is None:
+        return None
+    with _noting() as called, torch.no_grad():
+        try:
+            model(**inputs)
+        except Exception as error:
+            if _comes_from_attention(error):
+                raise
+            return None  # it wants other inputs
+    return called
+
+
+def _comes_from_attention(error: Exception) -> bool:
+    where = error.__traceback__
+    while where is not None:
+        if where.tb_frame.f_globals.get("__package__") == __package__ and where.tb_frame.f_globals is not globals():
+            return True
+        where = where.tb_next
+    return False
 
 
 def _tiny_input(model: PreTrainedModel) -> dict[str, Tensor] | None:
