@@ -16,7 +16,7 @@ from hf_efficient_attn.integrations.mechanisms import MECHANISMS
 
 LENGTH = 45
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {"vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 PIXELS = {"image_size": 24, "patch_size": 4, "num_channels": 3}
@@ -35,7 +35,6 @@ class Inside:
         output: what of its outputs has a row a token.
         is_image: takes pixels.
         is_causal: is a decoder.
-        attention: name of its attention modules' class.
     """
 
     name: str
@@ -77,7 +76,7 @@ MODELS = {
         Inside("Electra", BERT | {"embedding_size": 16}),
         Inside(
             "DistilBert",
-            TEXT | {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
+            TEXT | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
             dropout="attention_dropout",
         ),
         Inside(

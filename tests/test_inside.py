@@ -17,6 +17,9 @@ from hf_efficient_attn.integrations.options import FIELD
 
 
 EVERY_PAIR = pytest.mark.parametrize(("model_name", "name"), PAIRS)
+# Each model and each mechanism, not each pair.
+FEW = [*PAIRS[::4], ("ViT", "neighborhood"), ("Llama", "performer")]
+FEW_PAIRS = pytest.mark.parametrize(("model_name", "name"), sorted(set(FEW)))
 TEXT_PAIRS = [(model, name) for model, name in PAIRS if not MODELS[model].is_image]
 NAMES = [name for name in MECHANISM_NAMES if name != "neighborhood"]
 
@@ -24,6 +27,7 @@ NAMES = [name for name in MECHANISM_NAMES if name != "neighborhood"]
 def test_the_names_are_those_of_the_table() -> None:
     assert sorted(MECHANISMS) == sorted(MECHANISM_NAMES)
     assert set(SMALL) == set(MECHANISMS)
+    assert {name for _, name in FEW} == set(MECHANISMS) and {model for model, _ in FEW} == set(MODELS)
 
 
 def padded(case: object, side: str = "right") -> tuple[dict[str, Tensor], Tensor]:
@@ -96,7 +100,9 @@ def test_what_stands_in_padding_never_matters(model_name: str, name: str, side: 
     assert torch.equal(ours[rows], right[rows])
 
 
-@pytest.mark.parametrize(("model_name", "name"), TEXT_PAIRS)
+@pytest.mark.parametrize(
+    ("model_name", "name"), [pair for pair in TEXT_PAIRS if pair[0] in ("Bert", "ModernBert", "Llama")]
+)
 def test_alone_is_as_in_a_batch(model_name: str, name: str) -> None:
     case = MODELS[model_name]
     model, (inputs, rows) = case.build(), padded(case)
@@ -142,7 +148,7 @@ def test_dropout_is_unbiased_and_its_own(name: str) -> None:
     assert ((draws.mean(dim=0) - right[0]).abs() < 5 * error).all()
 
 
-@EVERY_PAIR
+@FEW_PAIRS
 def test_dropout_comes_from_the_model_in_training_only(model_name: str, name: str) -> None:
     case = MODELS[model_name]
     if case.name == "ModernBert":
@@ -157,7 +163,7 @@ def test_dropout_comes_from_the_model_in_training_only(model_name: str, name: st
         assert not torch.equal(case.run(model, **inputs), case.run(model, **inputs))
 
 
-@EVERY_PAIR
+@FEW_PAIRS
 def test_training_moves_every_layer(model_name: str, name: str) -> None:
     """With gradient checkpointing, and equal to training without it."""
     case = MODELS[model_name]
@@ -166,7 +172,7 @@ def test_training_moves_every_layer(model_name: str, name: str) -> None:
     model.train()
     right = gradients(model, case.run(model, **inputs), rows)
     attention = [x for (key, _), x in zip(model.named_parameters(), right, strict=True) if is_projection(key)]
-    assert len(attention) >= 3
+    assert len(attention) >= 2
     assert all(x is not None and x.isfinite().all() and x.abs().max() > 0 for x in attention)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for a, b in zip(gradients(model, case.run(model, **inputs), rows), right, strict=True):

@@ -1,7 +1,6 @@
 """Which layer an attention module of another model is, and the random numbers that follow from it."""
 
 import gc
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +66,13 @@ def _living_models() -> list[PreTrainedModel]:
     return [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and "_modules" in vars(x)]
 
 
+class _Projections:
+    """What has been drawn so far, an attribute each: a graph can look those up as they come, entries of a table not."""
+
+
+_PROJECTIONS = _Projections()
+
+
 def projection_of(
     layer: int, features: int, head_dim: int, *, orthogonal: bool, seed: int, device: torch.device
 ) -> Tensor:
@@ -74,20 +80,18 @@ def projection_of(
 
     It is drawn once a device and kept outside of every model.
     """
-    # Detached, which it is anyway: a graph knows nothing of a constant tensor but what operations make of it.
-    return _constant_projection(layer, features, head_dim, orthogonal, seed, device).detach()
+    kind = "orthogonal" if orthogonal else "independent"
+    name = f"{kind}_{features}_{head_dim}_{seed}_{layer}_{device.type}_{device.index}"
+    _keep_projection(name, layer, features, head_dim, orthogonal, seed, device)
+    return getattr(_PROJECTIONS, name)
 
 
 @torch.compiler.assume_constant_result
-def _constant_projection(
-    layer: int, features: int, head_dim: int, orthogonal: bool, seed: int, device: torch.device
-) -> Tensor:
-    return _kept_projection(layer, features, head_dim, orthogonal, seed, str(device))
-
-
-@lru_cache(maxsize=1024)
-def _kept_projection(layer: int, features: int, head_dim: int, orthogonal: bool, seed: int, device: str) -> Tensor:
-    # Not a tensor of whatever mode the first caller is in: it outlives that.
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
-        drawn = draw_projection(features, head_dim, orthogonal=orthogonal, seed=seed, layer=layer, redraw=0)
-        return drawn.float().to(device)
+def _keep_projection(
+    name: str, layer: int, features: int, head_dim: int, orthogonal: bool, seed: int, device: torch.device
+) -> None:
+    if not hasattr(_PROJECTIONS, name):
+        # Not a tensor of whatever mode the first caller is in: it outlives that.
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
+            drawn = draw_projection(features, head_dim, orthogonal=orthogonal, seed=seed, layer=layer, redraw=0)
+            setattr(_PROJECTIONS, name, drawn.float().to(device))
