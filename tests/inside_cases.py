@@ -10,8 +10,8 @@ from helpers import random_ids, random_images, randomise_
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_efficient_attn.integrations import MECHANISM_NAMES, PREFIX
 from hf_efficient_attn.integrations.mechanisms import MECHANISMS
+from hf_efficient_attn.integrations.names import MECHANISM_NAMES, PREFIX
 
 
 LENGTH = 45

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_efficient_attn import use_efficient_attention
-from hf_efficient_attn.integrations import MECHANISM_NAMES
 from hf_efficient_attn.integrations.inside import attend_inside
 from hf_efficient_attn.integrations.mechanisms import MECHANISMS
+from hf_efficient_attn.integrations.names import MECHANISM_NAMES
 from hf_efficient_attn.integrations.options import FIELD
 
 
 EVERY_PAIR = pytest.mark.parametrize(("model_name", "name"), PAIRS)
 # Each model and each mechanism, not each pair.
-FEW = [*PAIRS[::4], ("ViT", "neighborhood"), ("Llama", "performer")]
+FEW = [*PAIRS[::4], ("ViT", "neighborhood"), ("Llama", "performer"), ("Mistral", "sliding_window")]
 FEW_PAIRS = pytest.mark.parametrize(("model_name", "name"), sorted(set(FEW)))
 TEXT_PAIRS = [(model, name) for model, name in PAIRS if not MODELS[model].is_image]
 NAMES = [name for name in MECHANISM_NAMES if name != "neighborhood"]

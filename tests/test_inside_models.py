@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from hf_efficient_attn import EffLongformerConfig, EffLongformerModel, use_efficient_attention
-from hf_efficient_attn.integrations import MECHANISM_NAMES, register_attention
+from hf_efficient_attn.integrations import register_attention
 from hf_efficient_attn.integrations.layers import layer_of
+from hf_efficient_attn.integrations.names import MECHANISM_NAMES
 from hf_efficient_attn.integrations.options import FIELD
 from hf_efficient_attn.integrations.probe import modules_with_the_interface
 

@@ -8,12 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..auto import after_import
-
-
-PREFIX = "eff:"
-
-MECHANISM_NAMES = ("block_sparse", "lsh", "neighborhood", "nystrom", "performer", "sliding_window")
-"""Rows of `mechanisms.MECHANISMS`; `PREFIX` and a name are an `attn_implementation`."""
+from .names import MECHANISM_NAMES, PREFIX
 
 
 def register_attention() -> None:

@@ -8,9 +8,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..auto import COMPOSITES, FAMILIES
-from . import PREFIX
 from .layers import keep_numbers, number_layers
 from .mechanisms import MECHANISMS
+from .names import PREFIX
 from .options import FIELD, make_options, pick_name
 from .probe import calling_modules, modules_with_the_interface
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from . import PREFIX
 from .mechanisms import MECHANISMS, Call, own_window
+from .names import PREFIX
 from .options import options_of
 from .probe import note_call
 

@@ -226,4 +226,4 @@ MECHANISMS: dict[str, Mechanism] = {
     "performer": Mechanism(_performer, PerformerOptions, PerformerOptions.check_options),
     "sliding_window": Mechanism(_sliding_window, SlidingWindowOptions, SlidingWindowOptions.check_options),
 }
-"""Name -> row; `MECHANISM_NAMES` has the same names, for whoever must not import this."""
+"""Name -> row; `names.MECHANISM_NAMES` has the same names, for whoever must not import this."""
