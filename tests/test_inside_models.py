@@ -203,7 +203,7 @@ def test_a_model_that_would_ignore_the_choice_raises(model_type: str) -> None:
     assert model.config._attn_implementation == implementation_before
 
 
-@pytest.mark.parametrize("model_type", ["Bart", "T5"])
+@pytest.mark.parametrize("model_type", ["Bart", "Marian"])
 def test_models_with_cross_attention_raise(model_type: str) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "vocab_size": 64, "d_kv": 8}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_heads": 4, "pad_token_id": 0}
