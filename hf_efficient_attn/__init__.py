@@ -1,6 +1,7 @@
 """Efficient-attention Transformers as ordinary Hugging Face models.
 
-`import hf_efficient_attn` registers every family with the Auto classes of transformers; that is its only side effect.
+`import hf_efficient_attn` registers every family with the Auto classes of transformers, and its mechanisms as
+attention functions; that is its only side effect.
 Classes load when they are first used.
 """
 
@@ -8,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .auto import FAMILIES, after_models, public_names, register
+from .integrations import register_attention
 
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from .checkpoints import checkpoint_problems, last_complete_checkpoint
     from .conversion import Conversion, convert
     from .data import DataCollatorWithGlobalAttention, DataCollatorWithPacking, DataCollatorWithPatchMask
+    from .integrations.helper import use_efficient_attention
     from .models.eff_big_bird.configuration_eff_big_bird import EffBigBirdConfig
     from .models.eff_big_bird.modeling_eff_big_bird import (
         EffBigBirdForMaskedLM,
@@ -125,6 +128,7 @@ _OTHER_NAMES = {
     "convert": ".conversion",
     "last_complete_checkpoint": ".checkpoints",
     "layerwise_parameter_groups": ".optimization",
+    "use_efficient_attention": ".integrations.helper",
 }
 
 __all__ = ["FAMILIES", "register", *_OTHER_NAMES, *_FAMILY_NAMES]
@@ -154,3 +158,4 @@ def __dir__() -> list[str]:
 
 after_models.append(_publish)
 register()
+register_attention()

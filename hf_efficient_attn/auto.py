@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,18 @@ def register() -> None:
 
     Idempotent. Raises `ValueError` where a model type is taken by another class.
     """
-    if _CONFIG_TABLE in sys.modules and hasattr(sys.modules[_CONFIG_TABLE], "CONFIG_MAPPING"):
-        register_configs()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_CONFIG_TABLE, "CONFIG_MAPPING", register_configs)
 
 
-def register_configs() -> None:
+def after_import(module: str, attribute: str, function: Callable[[Any], None]) -> None:
+    """Call `function` with `attribute` of `module` right after that is imported, or now if it is; once a module."""
+    if hasattr(sys.modules.get(module), attribute):
+        function(getattr(sys.modules[module], attribute))
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, attribute, function))
+
+
+def register_configs(_: Any = None) -> None:
     """Register the config classes, and have the models registered before the first config exists."""
     from .encoder.configuration import EffConfig
 
@@ -219,22 +225,25 @@ def _register_image_processor(config_class: type, name: str) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Registers the configs right after transformers' table of configs has been imported, then goes away."""
+    """Calls a function right after one module has been imported, then goes away; see `after_import`."""
+
+    def __init__(self, module: str, attribute: str, function: Callable[[Any], None]) -> None:
+        self.module, self.attribute, self.function = module, attribute, function
 
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Only the one module is of interest; its own loader does the work."""
-        if fullname != _CONFIG_TABLE:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderThenRegister(spec.loader)
+            spec.loader = _LoaderThenCall(spec.loader, self)
         return spec
 
 
-class _LoaderThenRegister(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+class _LoaderThenCall(Loader):
+    def __init__(self, loader: Loader, then: _AfterImport) -> None:
+        self.loader, self.then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -243,4 +252,4 @@ class _LoaderThenRegister(Loader):
         # From here on the module looks as if nothing had been in between.
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        register_configs()
+        self.then.function(getattr(module, self.then.attribute))

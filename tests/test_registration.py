@@ -269,11 +269,12 @@ def test_register_is_idempotent(fresh: Callable[[str], str]) -> None:
     fresh(
         "import sys, hf_efficient_attn\n"
         "ours = lambda: [f for f in sys.meta_path if type(f).__module__.startswith('hf_efficient_attn')]\n"
-        "for _ in range(3): hf_efficient_attn.register()\n"
-        "assert len(ours()) == 1, sys.meta_path\n"
+        "for _ in range(3): hf_efficient_attn.register(), hf_efficient_attn.register_attention()\n"
+        "waiting = sorted(f.module.rpartition('.')[2] for f in ours())\n"
+        "assert waiting == ['configuration_auto', 'masking_utils', 'modeling_utils'], sys.meta_path\n"
         "from transformers import AutoConfig, AutoModel\n"
         "for _ in range(3): hf_efficient_attn.register()\n"
-        "assert not ours(), sys.meta_path\n"
+        "assert not [f for f in ours() if 'auto' in f.module], sys.meta_path\n"
         "config = AutoConfig.for_model('eff_longformer', num_hidden_layers=1)\n"
         "for _ in range(3): hf_efficient_attn.register()\n"
         "from transformers.models.auto.modeling_auto import MODEL_MAPPING\n"
@@ -281,6 +282,7 @@ def test_register_is_idempotent(fresh: Callable[[str], str]) -> None:
         "hf_efficient_attn.register()\n"
         "assert MODEL_MAPPING._extra_content == before and len(before) == len(hf_efficient_attn.FAMILIES), before\n"
         "assert MODEL_MAPPING[type(config)] is hf_efficient_attn.EffLongformerModel\n"
+        "assert not ours(), sys.meta_path\n"
     )
 
 

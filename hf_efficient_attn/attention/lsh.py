@@ -78,6 +78,23 @@ class LSHOptions:
         return (self.num_buckets,) if isinstance(self.num_buckets, int) else tuple(self.num_buckets)
 
 
+def bucket_factors(
+    options: LSHOptions, counts: Tensor, max_length: int, longest: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Bucket factors `[batch or 1, tables]` for examples of `counts` `[batch]` tokens, and room for each.
+
+    No example here has more than `max_length` tokens, none that there can be more than `longest`.
+    """
+    fixed = options.fixed_buckets
+    if fixed is not None:
+        return torch.tensor([fixed], device=counts.device), fixed
+    chunk = options.lsh_attn_chunk_length
+    limit = 2 * max(int((longest // chunk) ** 0.5), chunk)
+    # While compiling the length is not known.
+    sizes = table_sizes(longest if torch.compiler.is_compiling() else max_length, chunk, limit)
+    return powers_of_two(counts, chunk, limit, len(sizes)), sizes
+
+
 def unit_keys(query: Tensor) -> Tensor:
     """Queries `[..., head_dim]` as keys: each divided by its root mean square, in `query.dtype`."""
     wide = query.to(torch.promote_types(query.dtype, torch.float32))
@@ -118,15 +135,7 @@ class LSHSelfAttention(ChunkSelfAttention):
 
         No example has more than `max_length` tokens.
         """
-        fixed = self.options.fixed_buckets
-        if fixed is not None:
-            return torch.tensor([fixed], device=counts.device), fixed
-        chunk = self.options.lsh_attn_chunk_length
-        limit = 2 * max(int((self._longest() // chunk) ** 0.5), chunk)
-        # While compiling the length is not known.
-        longest = self._longest() if torch.compiler.is_compiling() else max_length
-        sizes = table_sizes(longest, chunk, limit)
-        return powers_of_two(counts, chunk, limit, len(sizes)), sizes
+        return bucket_factors(self.options, counts, max_length, self._longest())
 
     def _longest(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 2**16

@@ -55,6 +55,12 @@ _REFORMER = {"axial_pos_embds": False, "local_attention_probs_dropout_prob": 0.0
 _REFORMER |= {"lsh_attention_probs_dropout_prob": 0.0, "attention_head_size": 64}
 _REFORMER_LAYERS = {"attn_layers": ("local", "lsh")}
 _LONGFORMER = {"quadratic": False, "windowed": True, "extra_positions": 2, "global_tokens": True}
+
+
+def _inside_bert(name: str, note: str) -> Kind:
+    return Kind("bert", quadratic=False, windowed=False, attn_implementation=f"eff:{name}", note=note)
+
+
 KINDS: dict[str, Kind] = {
     "eff_longformer": Kind("eff_longformer", same_as="longformer", **_LONGFORMER),
     "longformer": Kind("longformer", **_LONGFORMER),
@@ -124,6 +130,11 @@ KINDS: dict[str, Kind] = {
         note="as eff_reformer",
     ),
     "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
+    "bert_sliding_window": _inside_bert("sliding_window", "BERT with eff:sliding_window, total width 512"),
+    "bert_block_sparse": _inside_bert("block_sparse", "BERT with eff:block_sparse, blocks of 64, 3 random ones"),
+    "bert_nystrom": _inside_bert("nystrom", "BERT with eff:nystrom, 64 landmarks"),
+    "bert_performer": _inside_bert("performer", "BERT with eff:performer, 256 features"),
+    "bert_lsh": _inside_bert("lsh", "BERT with eff:lsh, chunks of 64 against 192 keys, one round of hashing"),
     "modernbert": Kind(
         "modernbert",
         quadratic=True,

@@ -14,6 +14,7 @@ from .favor import dense_performer_attention, performer_attention, performer_ste
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
 from .grid_window import grid_window_allowed, grid_window_attention
+from .hashed_attention import hashed_attention
 from .inputs import count_blocks, zero_padding
 from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
 from .nearby_cpu import cpu_add_nearby
@@ -45,6 +46,7 @@ __all__ = [
     "grid_window_attention",
     "hash_buckets",
     "hash_rotations",
+    "hashed_attention",
     "nystrom_attention",
     "orthogonal_features",
     "performer_attention",
