@@ -88,7 +88,7 @@ _REFUSED_SOURCES = {
     "deberta": "its attention mixes content with relative positions, which the mechanisms here have no place for",
     "deberta-v2": "its attention mixes content with relative positions, which the mechanisms here have no place for",
     "modernbert": "it has rotary positions and windows of its own, and reads long texts already; keep its class and "
-    "choose how it attends: `AutoModel.from_pretrained(name, attn_implementation=...)`",
+    "choose how it attends: `AutoModel.from_pretrained(name, attn_implementation='eff:sliding_window')`",
 }
 
 FAMILY_NAMES = tuple(_FOR_BERT_SHAPED)
