@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers import model_class, no_warnings, random_ids, random_images, randomi
 from torch import Tensor
 
 from hf_efficient_attn import FAMILIES, EffElectraConfig, EffElectraForJointPreTraining, EffElectraJointConfig
-from hf_efficient_attn.hub.code_file import code_of
+from hf_efficient_attn.hub.code_file import class_names, code_of
 from hf_efficient_attn.hub.exporting import export_folder
 
 
@@ -354,3 +355,20 @@ def test_where_the_package_is_installed_it_takes_the_place_of_the_copy(tmp_path:
     )
     assert (tmp_path / "again" / code.name).read_text(encoding="utf-8") == code.text
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == code.auto_map
+
+
+def test_an_installed_package_takes_its_place_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one that lacks a class would mix two sets of them."""
+    code = code_of("eff_performer")
+    foot = code.text[code.text.rindex("# ----") :]
+    names = [name.partition(".")[2] for name in code.auto_map.values()]
+    for missing in (None, names[0], names[-1]):
+        package = types.ModuleType("hf_efficient_attn")
+        for name in class_names(FAMILIES["eff_performer"]):
+            if name != missing:
+                setattr(package, name, f"installed {name}")
+        monkeypatch.setitem(sys.modules, "hf_efficient_attn", package)
+        module = dict.fromkeys(names, "carried")
+        exec(foot, module)
+        expected = {name: f"installed {name}" if missing is None else "carried" for name in names}
+        assert {name: module[name] for name in names} == expected

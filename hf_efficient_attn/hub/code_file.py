@@ -28,12 +28,20 @@ _HEAD = """\
 _FOOT = """\
 # {dashes} where the package is installed
 # Its classes take the place of these, and a folder loads in them with or without this file.
+# All or none: an older one may lack some.
 try:
-    from {package} import (
+    import {package} as _installed
+
+    _theirs = {{
+        name: getattr(_installed, name)
+        for name in (
 {names}
-    )
-except ImportError:
+        )
+    }}
+except (ImportError, AttributeError):
     pass
+else:
+    globals().update(_theirs)
 """
 
 
@@ -83,7 +91,9 @@ def _code_of(model_type: str) -> Code:
     roots = [(modules["configuration" if name == row.config_name else "modeling"], name) for name in names]
     label = "where the package is installed"
     foot = _FOOT.format(
-        dashes="-" * (117 - len(label)), package=PACKAGE, names="\n".join(f"        {name}," for name in sorted(names))
+        dashes="-" * (117 - len(label)),
+        package=PACKAGE,
+        names="\n".join(f'            "{name}",' for name in sorted(names)),
     )
     head = _HEAD.format(family=f"Eff{row.name}", package=PACKAGE, version=version)
     text = f"{head}\n{flatten(_FOLDER, roots)}\n\n{foot}"
