@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import transformers
+from card_cases import build, card_of, edit, python_of
 from datasets import Dataset
-from helpers import DETECTOR, model_class, no_warnings, tiny_config, tiny_tokenizer
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from helpers import DETECTOR, model_class, no_warnings, tiny_tokenizer
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 
 import hf_efficient_attn
@@ -21,7 +21,6 @@ from hf_efficient_attn import (
     ElectraTrainer,
     ModelCardCallback,
 )
-from hf_efficient_attn.hub import pushing
 
 
 HEADS = [(family, auto) for family, row in FAMILIES.items() for auto in row.heads]
@@ -36,31 +35,6 @@ TASKS = {
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForImageClassification": "image-classification",
 }
-
-
-def build(family: str = "eff_longformer", auto: str = "AutoModelForSequenceClassification", **options: Any) -> Any:
-    """A tiny model."""
-    if auto == "AutoModelForCausalLM":
-        options["is_decoder"] = True
-    return model_class(family, auto)(tiny_config(family, **options))
-
-
-def card_of(folder: Path) -> str:
-    """The card's text."""
-    return (folder / "README.md").read_text(encoding="utf-8")
-
-
-def edit(folder: Path, old: str, new: str) -> str:
-    """Replaces `old` in the card; the text after."""
-    text = card_of(folder)
-    assert text.count(old) == 1, text
-    (folder / "README.md").write_text(text.replace(old, new), encoding="utf-8")
-    return card_of(folder)
-
-
-def python_of(text: str) -> list[str]:
-    """The Python snippets of a card."""
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize(("family", "auto"), HEADS + DETECTORS)
@@ -324,100 +298,3 @@ def test_other_processes_and_adapters_write_no_card(tmp_path: Path) -> None:
     assert not (tmp_path / "second" / "README.md").exists()
     model = build()
     assert hf_efficient_attn.hub.publishing.Folder.of(tmp_path, model.config) is None
-
-
-class FakeHub:
-    """What `push` asks of the Hub: a repository with a card, or none."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: str | None) -> None:
-        self.calls: list[tuple] = []
-        self.files: dict[str, bytes] = {}
-        self.path, self.card = tmp_path / "remote.md", card
-        monkeypatch.setattr(pushing, "HfApi", lambda token=None: self)
-        monkeypatch.setattr(pushing, "hf_hub_download", self.download)
-
-    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> Any:
-        self.calls.append(("create_repo", private, exist_ok))
-        self.repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
-        return self
-
-    def download(self, repo_id: str, name: str, revision: str | None, token: str | None) -> str:
-        assert (repo_id, name) == (self.repo_id, "README.md")
-        if self.card is None:
-            raise RemoteEntryNotFoundError("none", response=FakeResponse())
-        self.path.write_text(self.card)
-        return str(self.path)
-
-    def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
-        self.calls.append(("create_branch", branch))
-
-    def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **kwargs: Any) -> str:
-        self.files = {}
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-        self.calls.append(("create_commit", kwargs["commit_message"], kwargs["revision"], kwargs["create_pr"]))
-        return "done"
-
-
-class FakeResponse:
-    headers: dict[str, str] = {}
-    request = None
-    status_code = 404
-
-
-def test_a_push_uploads_the_card_with_the_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, tmp_path, None)
-    model = build()
-    assert model.push_to_hub("mine", private=True, revision="try", tags="extra", card={"license": "mit"}) == "done"
-    assert hub.calls == [
-        ("create_repo", True, True),
-        ("create_branch", "try"),
-        ("create_commit", "Upload model", "try", False),
-    ]
-    assert hub.files.keys() == {"README.md", "config.json", "model.safetensors"}
-    text = hub.files["README.md"].decode()
-    assert '.from_pretrained("me/mine")' in text and text.count("# mine\n") == 1
-    data = ModelCard(text).data
-    assert data.license == "mit" and data.tags == ["hf_efficient_attn", "eff_longformer", "extra"]
-    # Its own card is replaced, an edited one kept, and of a foreign one nothing is touched.
-    hub.card = text
-    model.push_to_hub("mine", card={"license": "apache-2.0"})
-    assert ModelCard(hub.files["README.md"].decode()).data.license == "apache-2.0"
-    hub.card = text.replace("- Data: not recorded", "- Data: letters")
-    model.push_to_hub("mine", self_contained=True)
-    assert "- Data: letters" in hub.files["README.md"].decode() and "sha256" in hub.files["README.md"].decode()
-    assert "modeling_eff_longformer.py" in hub.files
-    hub.card = "# Somebody's\n"
-    model.push_to_hub("mine")
-    assert hub.files["README.md"].decode() == hub.card
-
-
-def test_saving_and_pushing_at_once_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, tmp_path, None)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("not for others")
-    build().save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="First", create_pr=True)
-    assert hub.calls == [("create_repo", None, True), ("create_commit", "First", None, True)]
-    assert hub.files.keys() == {"README.md", "config.json", "model.safetensors"}
-    assert '.from_pretrained("me/mine")' in card_of(tmp_path / "mine")
-
-
-def test_a_configs_push_takes_its_code_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, tmp_path, "# Somebody's\n")
-    model = build()
-    model.save_pretrained(tmp_path / "mine", self_contained=True)
-    model.config.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="you/config", token="t")
-    assert hub.files.keys() == {"config.json", "modeling_eff_longformer.py"} and hub.repo_id == "you/config"
-
-
-def test_a_network_that_fails_is_no_missing_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, tmp_path, None)
-
-    def failing(*args: Any, **kwargs: Any) -> str:
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(pushing, "hf_hub_download", failing)
-    with pytest.raises(LocalEntryNotFoundError):
-        build().push_to_hub("mine")
-    assert not hub.files

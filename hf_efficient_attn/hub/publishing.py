@@ -81,7 +81,9 @@ class HubPublisher:
         if fresh is not None:
             write_card_file(path, fresh)
         if repo_id is not None:
-            changed = [name for name, time in times_of(path).items() if before.get(name) != time]
+            changed = {name for name, time in times_of(path).items() if before.get(name) != time}
+            if names_our_code(model.config):  # which is not written again where it is the same
+                changed.add(code_of(model.config.model_type).name)
             push(path, changed, repo_id, fresh, **hub)
 
     def push_model(
