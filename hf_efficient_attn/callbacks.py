@@ -1,6 +1,7 @@
 """Callbacks for transformers' Trainer."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import nn
@@ -41,7 +42,8 @@ class ModelCardCallback(TrainerCallback):
 
     @staticmethod
     def _note(model: nn.Module, figures: dict[str, Any]) -> None:
-        model.card_data = {**(getattr(model, "card_data", None) or {}), "metrics": figures}
+        numbers = {name: value for name, value in figures.items() if isinstance(value, Real)}
+        model.card_data = {**(getattr(model, "card_data", None) or {}), "metrics": numbers}
 
 
 class _Redraw(TrainerCallback):

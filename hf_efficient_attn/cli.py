@@ -23,11 +23,11 @@ app = typer.Typer(
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        typer.echo(f"Error: {error}", err=True)
+    except (ValueError, *more) as error:
+        typer.echo(f"Error: {' '.join(str(error).split()) if more else error}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -141,7 +141,7 @@ def export(
     There it loads with trust_remote_code=True, and where the package is imported in the package's own classes.
     Weights and all other files stay as they are. Exporting again changes nothing.
     """
-    with _one_line_errors():
+    with _one_line_errors(OSError):  # those of the Hub, of a network that is not there and of the disk are such
         from .hub.exporting import export_folder, push_folder
 
         code = export_folder(folder)

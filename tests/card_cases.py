@@ -1,13 +1,16 @@
 """Tiny models, what their cards say, and a Hub that notes what it is asked, for the tests of cards."""
 
+import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers import model_class, tiny_config
 from huggingface_hub import CommitOperationAdd
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
 from hf_efficient_attn.hub import pushing
 
@@ -44,6 +47,7 @@ class FakeHub:
         self.calls: list[tuple] = []
         self.files: dict[str, bytes] = {}
         self.path, self.card = tmp_path / "remote.md", card
+        self.missing: tuple[str, ...] = ()
         monkeypatch.setattr(pushing, "HfApi", lambda token=None: self)
         monkeypatch.setattr(pushing, "hf_hub_download", self.download)
 
@@ -54,10 +58,18 @@ class FakeHub:
 
     def download(self, repo_id: str, name: str, revision: str | None, token: str | None) -> str:
         assert (repo_id, name) == (self.repo_id, "README.md")
+        if revision in self.missing:
+            raise RevisionNotFoundError("no such branch", response=FakeResponse())
         if self.card is None:
             raise RemoteEntryNotFoundError("none", response=FakeResponse())
         self.path.write_text(self.card)
         return str(self.path)
+
+    def list_repo_tree(self, repo_id: str, revision: str | None = None) -> Iterator[Any]:
+        """What the last push uploaded."""
+        for name, content in self.files.items():
+            lfs = SimpleNamespace(sha256=hashlib.sha256(content).hexdigest())
+            yield SimpleNamespace(path=name, lfs=lfs if name.endswith(".safetensors") else None)
 
     def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
         self.calls.append(("create_branch", branch))
@@ -68,7 +80,7 @@ class FakeHub:
             with operation.as_file() as file:
                 self.files[operation.path_in_repo] = file.read()
         self.calls.append(("create_commit", kwargs["commit_message"], kwargs["revision"], kwargs["create_pr"]))
-        return "done"
+        return SimpleNamespace(commit_url="done")
 
 
 class FakeResponse:

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from card_cases import build, card_of, edit, python_of
 from datasets import Dataset
@@ -124,7 +126,20 @@ def test_what_the_user_knows_is_recorded_and_nothing_else(tmp_path: Path) -> Non
     loaded.save_pretrained(tmp_path / "three")
     data = ModelCard.load(tmp_path / "three" / "README.md").data
     assert (data.license, data.base_model, data.datasets) == ("mit", "someone/their-model", ["stanfordnlp/imdb"])
-    assert data.eval_results is None and "- Metrics: not recorded" in card_of(tmp_path / "three")
+    assert (
+        data.eval_results == [result]
+        and data.tags[-1] == "reviews"
+        and "\nIt reads film reviews.\n" in card_of(tmp_path / "three")
+    )
+    loaded.save_pretrained(tmp_path / "one")  # also over itself
+    assert card_of(tmp_path / "one") == text
+    with torch.no_grad():
+        loaded.classifier.out_proj.bias.add_(1)  # as training does: the figures are another model's
+    loaded.save_pretrained(tmp_path / "one"), loaded.save_pretrained(tmp_path / "three")
+    for place in ("one", "three"):
+        data = ModelCard.load(tmp_path / place / "README.md").data
+        assert data.eval_results is None and "- Metrics: not recorded" in card_of(tmp_path / place)
+        assert data.license == "mit" and "\nIt reads film reviews.\n" in card_of(tmp_path / place)
     assert str(tmp_path) not in card_of(tmp_path / "three")  # no path of one's own in a card
 
 
@@ -133,6 +148,10 @@ def test_what_cards_do_not_know_is_refused(tmp_path: Path) -> None:
         build().save_pretrained(tmp_path / "one", card={"dataset": "imdb"})
     with pytest.raises(ValueError, match="give a dict"):
         build().save_pretrained(tmp_path / "one", card={"metrics": 0.9})
+    wrong = {"license": ["mit"], "summary": 3, "tags": {"a": 1}, "datasets": [1], "metrics": {"f1": "high"}}
+    for name, value in {**wrong, "language": True, "metrics": {"f1": torch.ones(2)}}.items():
+        with pytest.raises(ValueError, match=f"card has {name} "):
+            build().card_data = {name: value}
     assert not (tmp_path / "one").exists()
     model = build()
     with pytest.raises(ValueError, match="Did you mean 'license'?"):  # and not when the first checkpoint is saved
@@ -140,6 +159,54 @@ def test_what_cards_do_not_know_is_refused(tmp_path: Path) -> None:
     assert model.card_data is None
     with pytest.raises(ValueError, match="there is no config.json"):
         build().write_card(tmp_path)
+
+
+def test_figures_of_any_kind_are_recorded(tmp_path: Path) -> None:
+    model = build()
+    model.card_data = {"metrics": {"f1": np.float32(0.5), "loss": torch.tensor(0.25), "steps": np.int64(3)}}
+    model.save_pretrained(tmp_path, card={"datasets": ("imdb", "of my own"), "license": None})
+    assert all(f"| {row} |" in card_of(tmp_path) for row in ("f1 | 0.5", "loss | 0.25", "steps | 3"))
+    type(model).from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert "- Data: imdb, of my own\n" in card_of(tmp_path) and "| f1 | 0.5 |" in card_of(tmp_path)
+
+
+def test_a_folder_that_is_gone_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build().save_pretrained("first", card={"license": "mit"})
+    model = type(build()).from_pretrained("first")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model.save_pretrained("second")
+    data = ModelCard(card_of(tmp_path / "elsewhere" / "second")).data
+    assert data.get("base_model") is None and data.license == "mit"
+
+
+def test_a_class_of_ones_own_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its card names what others can load, and code of the package that lacks it does not stand beside it."""
+    parent = type(build())
+    build().save_pretrained(tmp_path / "first", self_contained=True)
+    mine = type("My", (parent,), {})
+    model = mine.from_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "first"), model.save_pretrained(tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    for place in ("first", "second"):
+        assert {path.name for path in (tmp_path / place).iterdir()} == {"README.md", "config.json", "model.safetensors"}
+        text = card_of(tmp_path / place)
+        assert f"`My`, a class of its own on `{parent.__name__}` of hf_efficient_attn" in text and "sha256" not in text
+        found: dict[str, Any] = {}
+        (snippet,) = python_of(text)
+        exec("\n".join(line for line in snippet.splitlines() if not line.startswith("tokenizer =")), found)
+        assert type(found["model"]) is parent
+
+
+def test_a_head_without_auto_class_loads_from_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build("eff_performer", DETECTOR)
+    model.save_pretrained("detector", self_contained=True)
+    found: dict[str, Any] = {}
+    exec(python_of(card_of(tmp_path / "detector"))[1], found)
+    # Where the package is installed, its class; where not, test_self_contained.py loads the file.
+    assert type(found["model"]) is type(model)
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
             {"model_type": "eff_vit", "architectures": ["MyModel"]},
             "the class MyModel, which is not of the package",
         ),
+        "list": ([], "holds no JSON object"),
+        "field": ({"model_type": "eff_longformer", "attention_window": 7}, "attention_window"),
+        "one": ({"model_type": "eff_vit", "architectures": "MyModel"}, "the class MyModel, which is not"),
         "none": (None, "there is no config.json"),
     }
     for name, (config, message) in rows.items():

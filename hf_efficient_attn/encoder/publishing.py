@@ -66,6 +66,17 @@ class PublishedModel(Published):
         super().__init__(config, *args, **kwargs)
         self.model_tags = [PACKAGE, config.model_type]  # Trainer's cards show them as well
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            # Decided now: later the folder may be gone, or another one be current.
+            model.__dict__["loaded_from_folder"] = os.path.abspath(source)
+        return loaded
+
     @property
     def card_data(self) -> dict[str, Any] | None:
         """What only you know of a model, for its card: `base_model`, `datasets`, `metrics`, `license`, `language`,
@@ -133,5 +144,5 @@ class PublishedModel(Published):
         """Whether the package is there; raises `ValueError` where it is not and something of it is wanted."""
         for name, value in wanted.items():
             if self.publisher is None and value is not None:
-                raise ValueError(f"{name} = {value!r} needs the package: pip install {PACKAGE}, and import it.")
+                raise ValueError(f"{name} = {value!r} needs the package: install {PACKAGE}, and import it.")
         return self.publisher is not None

@@ -1,6 +1,7 @@
 """A model card, in parts."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -10,6 +11,8 @@ from .facts import PACKAGE, Folder, Known, base_models, is_hub_name, listed, pac
 
 
 NOT_RECORDED = "not recorded"
+
+NOT_ON_PYPI = f"Until {PACKAGE} is on PyPI: `pip install .` in a checkout of it."
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def _metadata(folder: Folder, known: Known, name: str, repo_id: str | None) -> M
         results = [EvalResult(**common, metric_type=x, metric_value=value) for x, value in known.figures.items()]
     family = [folder.model_type] if folder.is_stock else [PACKAGE, folder.model_type]
     return ModelCardData(
-        base_model=_one_or_all([x for x in base_models(known, folder.config, repo_id) if is_hub_name(x)]),
+        base_model=_one_or_all([x for x in base_models(known, folder.source, repo_id) if is_hub_name(x)]),
         datasets=datasets or None,
         eval_results=results,
         model_name=name if results else None,
@@ -69,6 +72,8 @@ def _one_or_all(values: list[str]) -> str | list[str] | None:
 
 def _model(folder: Folder, known: Known, name: str) -> str:
     family = f"`{folder.architecture}` of {PACKAGE}: {folder.mechanism}"
+    if folder.derived is not None:
+        family = f"`{folder.derived}`, a class of its own on {family}"
     if folder.is_stock:
         family = f"`{folder.architecture}` of transformers, trained with {PACKAGE} as an `{folder.config.model_type}`."
     return "\n\n".join([f"# {name}", family, *([known.summary.strip()] if known.summary else [])])
@@ -99,17 +104,29 @@ def _loading(folder: Folder, source: str) -> str:
         f'model = {cls}.from_pretrained("{source}")',
         f'{reader[reads]} = {reads}.from_pretrained("{source}")  # where it was saved as well',
     ]
-    install = ["```", f'pip install "{PACKAGE}>={package_version()}"', "```"]
-    return "\n".join(["## Load", "", *install, "", "```python", *lines, "```"])
+    needs = ["```", f'pip install "{PACKAGE}>={package_version()}"', "```", "", NOT_ON_PYPI]
+    if folder.derived is not None:
+        needs += ["", f"`{folder.derived}` is no class of the package, which loads its weights as a `{cls}`:"]
+    return "\n".join(["## Load", "", *needs, "", "```python", *lines, "```"])
 
 
 def _code(folder: Folder, source: str, code: Code) -> str:
-    cls = folder.auto_class or "AutoModel"
-    lines = [
-        f"from transformers import {cls}",
-        "",
-        f'model = {cls}.from_pretrained("{source}", trust_remote_code=True, revision="<commit>")',
-    ]
+    if (auto := folder.auto_class) is not None:
+        runs = "`trust_remote_code=True` runs that file."
+        lines = [
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("{source}", trust_remote_code=True, revision="<commit>")',
+        ]
+    else:  # a head that no Auto class knows
+        runs = "The first call runs that file."
+        name = f"{Path(code.name).stem}.{folder.architecture}"
+        lines = [
+            "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+            "",
+            f'cls = get_class_from_dynamic_module("{name}", "{source}", revision="<commit>")',
+            f'model = cls.from_pretrained("{source}", revision="<commit>")',
+        ]
     return "\n".join(
         [
             "## Load without the package",
@@ -121,7 +138,7 @@ def _code(folder: Folder, source: str, code: Code) -> str:
             *lines,
             "```",
             "",
-            "`trust_remote_code=True` runs that file. Read it, and name the commit that you have read: `revision` pins "
+            f"{runs} Read it, and name the commit that you have read: `revision` pins "
             "weights and code, `code_revision` the code alone. Its sha256:",
             "",
             "```",
@@ -149,7 +166,7 @@ def _shown(value: Any) -> str:
 def _training(folder: Folder, known: Known, repo_id: str | None) -> str:
     models = [
         f"[{x}](https://huggingface.co/{x})" if is_hub_name(x) else x
-        for x in base_models(known, folder.config, repo_id)
+        for x in base_models(known, folder.source, repo_id)
     ]
     lines = [
         "## Training",

@@ -79,6 +79,20 @@ def parsed(text: str) -> ModelCard | None:
         return None
 
 
+def parts_of(text: str) -> dict[str, str]:
+    """The parts of a card, as they stand there."""
+    return {part["name"]: part["text"] for part in _PART.finditer(text.replace("\r\n", "\n"))}
+
+
+def renamed_text(text: str, old: str, new: str) -> str:
+    """The file with another name of the model in its metadata, which somebody may have edited."""
+    card = parsed(text)
+    if card is None or card.data.get("model_name") != old or old == new:
+        return text
+    card.data.model_name = new
+    return card.content
+
+
 def is_ours(text: str) -> bool:
     """Whether all of a file was written by the package, and nothing was edited."""
     text = text.replace("\r\n", "\n")

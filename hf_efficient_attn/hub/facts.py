@@ -4,8 +4,9 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,14 @@ class Known:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Known":
-        """From a dict; raises `ValueError` for a key that cards do not have, or metrics that are no dict."""
+        """From a dict; raises `ValueError` for a key that cards do not have, or a value that none can be."""
         names = [item.name for item in fields(cls)]
         for name in given or ():
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"card has {name!r}; a card knows {', '.join(names)}.{hint}")
-        known = cls(**(given or {}))
-        if known.metrics is not None and not isinstance(known.metrics, Mapping):
-            raise ValueError(f"card has metrics = {known.metrics!r}; give a dict, such as {{'accuracy': 0.93}}.")
-        return known
+        return cls(**{name: _checked(name, value) for name, value in (given or {}).items() if value is not None})
 
     def with_tags(self, tags: Iterable[str]) -> "Known":
         """The same with more tags."""
@@ -81,8 +79,7 @@ class Known:
     def figures(self) -> dict[str, float]:
         """The metrics proper, by names without `eval_`."""
         found = {name.removeprefix("eval_"): value for name, value in (self.metrics or {}).items()}
-        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-        return {name: value for name, value in numbers.items() if name not in _NO_METRICS}
+        return {name: value for name, value in found.items() if name not in _NO_METRICS}
 
 
 @dataclass(frozen=True)
@@ -93,24 +90,38 @@ class Folder:
         path: the folder.
         config: the model's config.
         model_type, architecture: of the file; they are transformers' own where a model was saved in its stock form.
-        auto_map: the code that comes with it.
+        derived: the name of a class of the user's own, where `architecture` is the one of the package below it.
+        source: the Hub's name that the weights were loaded from, or none.
     """
 
     path: Path
     config: PreTrainedConfig
     model_type: str
     architecture: str
-    auto_map: Mapping[str, str] = field(default_factory=dict)
+    derived: str | None = None
+    source: str = ""
 
     @classmethod
-    def of(cls, path: Path, config: PreTrainedConfig) -> "Folder | None":
-        """The folder at `path`; None where there is no model, such as with adapter weights alone."""
+    def of(cls, path: Path, config: PreTrainedConfig, model: Any = None) -> "Folder | None":
+        """The folder at `path`; None where there is no model, such as with adapter weights alone.
+
+        Args:
+            path: the folder.
+            config: the model's config.
+            model: the model that was saved there, where it is at hand.
+        """
         file = path / "config.json"
         if not file.is_file():
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
-        architecture = next(iter(found.get("architectures") or []), type(config).__name__)
-        return cls(path, config, found.get("model_type", config.model_type), architecture, found.get("auto_map") or {})
+        architecture = next(iter(listed(found.get("architectures"))), type(config).__name__)
+        model_type = found.get("model_type", config.model_type)
+        source = hub_source(config if model is None else model)
+        if model is None or model_type != config.model_type or is_of_package(type(model)):
+            return cls(path, config, model_type, architecture, None, source)
+        names = cls(path, config, model_type, architecture).row.model_names
+        below = (x.__name__ for x in type(model).__mro__ if is_of_package(x))
+        return cls(path, config, model_type, next(below, names.get("AutoModel")), architecture, source)
 
     @property
     def row(self) -> Family | Composite:
@@ -157,13 +168,61 @@ class Folder:
         return found
 
 
-def base_models(known: Known, config: PreTrainedConfig, repo_id: str | None) -> list[str]:
+def base_models(known: Known, source: str, repo_id: str | None) -> list[str]:
     """Where training started: what the user says, else the Hub's name that the weights were loaded from."""
     if known.base_model is not None:
-        return [known.base_model] if isinstance(known.base_model, str) else list(known.base_model)
-    source = getattr(config, "_name_or_path", "") or ""
-    is_other = source != repo_id and not Path(source).exists()
-    return [source] if is_other and is_hub_name(source) else []
+        return listed(known.base_model)
+    return [source] if source and source != repo_id else []
+
+
+def hub_source(loaded: Any) -> str:
+    """The Hub's name that a model, or a config, was loaded from; empty where it was a folder."""
+    if getattr(loaded, "loaded_from_folder", None) is not None:
+        return ""
+    source = getattr(getattr(loaded, "config", loaded), "_name_or_path", "") or ""
+    return source if not Path(source).exists() and is_hub_name(source) else ""
+
+
+def is_of_package(cls: type) -> bool:
+    """Whether a class is a model of the package that folders can be loaded in, and not one derived from it."""
+    rows = [*FAMILIES.values(), *COMPOSITES.values()]
+    names = {name for row in rows for name in (*row.model_names.values(), getattr(row, "detector_name", None))}
+    # FSDP puts a class of its own on top.
+    return cls.__name__.removeprefix("FSDP") in names and any(
+        x.__module__.partition(".")[0] == PACKAGE and x.__name__ == cls.__name__.removeprefix("FSDP")
+        for x in cls.__mro__
+    )
+
+
+def figure_of(value: Any) -> float | int | None:
+    """A number, also of NumPy or in a tensor of one; None for what is none."""
+    if callable(getattr(value, "item", None)):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):  # more than one
+            return None
+    if isinstance(value, int | float):
+        return value
+    return float(value) if isinstance(value, Real) else None
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value as cards have it."""
+    if name == "metrics":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"card has metrics = {value!r}; give a dict, such as {{'accuracy': 0.93}}.")
+        figures = {str(metric): figure_of(figure) for metric, figure in value.items()}
+        for metric, figure in figures.items():
+            if figure is None:
+                raise ValueError(f"card has metrics with {metric} = {value[metric]!r}; give a number.")
+        return figures
+    if isinstance(value, str):
+        return value
+    if name in ("license", "summary"):
+        raise ValueError(f"card has {name} = {value!r}; give a string.")
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"card has {name} = {value!r}; give a string or a list of strings.")
+    return list(value)
 
 
 def is_hub_name(name: str) -> bool:
@@ -175,7 +234,7 @@ def is_hub_name(name: str) -> bool:
     return bool(name)
 
 
-def listed(value: str | list[str] | None) -> list[str]:
+def listed(value: str | Iterable[str] | None) -> list[str]:
     """One name, several or none as a list."""
     return [value] if isinstance(value, str) else list(value or ())
 

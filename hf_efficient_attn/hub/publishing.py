@@ -11,18 +11,16 @@ from huggingface_hub import CommitInfo
 from ..auto import FAMILIES
 from ..encoder.publishing import Published
 from .card import Card, make_card
-from .card_file import CARD_FILE, new_text, parsed, read_card, renewed_text
+from .card_file import CARD_FILE, new_text, read_card, renewed_text
 from .code_file import auto_map_of, class_names, code_of, names_our_code, remove_code, write_code
-from .facts import Folder, Known, listed
+from .facts import Folder, Known, hub_source, is_of_package, listed
 from .files import write_whole
-from .pushing import make_repo, push, times_of
+from .inheriting import Earlier, merged, said_by, weights_of
+from .pushing import Remote, make_repo, push, times_of
 
 
 # Of `save_pretrained(..., push_to_hub=True)`: what is for the Hub.
 _FOR_THE_HUB = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision")
-
-# What is still true of a model that was loaded and trained on.
-_INHERITED = ("base_model", "datasets", "license", "language")
 
 
 def attach() -> None:
@@ -67,24 +65,25 @@ class HubPublisher:
         **kwargs: Any,
     ) -> None:
         """Save a model with its card, and push what was written if asked to."""
-        _take_down(model, card, self_contained)
+        is_without_code = _take_down(model, card, self_contained)
         hub = _for_the_hub(kwargs) if push_to_hub else {}
         path, saves_here = Path(folder), _saves_here(model, kwargs["is_main_process"])
         repo_id = _repo_of(path, hub) if push_to_hub and saves_here else None
-        before = times_of(path)
+        before, earlier = times_of(path), [_earlier(model)] if saves_here else []
         plainly(folder, push_to_hub=False, **kwargs)
         if not saves_here:
             return
-        if self_contained is False:
+        if is_without_code:
             remove_code(path, model.config.model_type)
-        fresh = _card_of(model, path, repo_id)
+        remote = None if repo_id is None else Remote(repo_id, hub["token"], hub.get("revision"))
+        fresh = _card_of(model, path, repo_id, _with_remote(earlier, remote, model))
         if fresh is not None:
             write_card_file(path, fresh)
         if repo_id is not None:
             changed = {name for name, time in times_of(path).items() if before.get(name) != time}
             if names_our_code(model.config):  # which is not written again where it is the same
                 changed.add(code_of(model.config.model_type).name)
-            push(path, changed, repo_id, fresh, **hub)
+            push(path, changed, repo_id, remote.text_for(read_card(path / CARD_FILE), fresh), **hub)
 
     def push_model(
         self,
@@ -105,19 +104,19 @@ class HubPublisher:
         repo_id = make_repo(repo_id, private, token)
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-            fresh = _card_of(model, Path(folder), repo_id)
-            if fresh is not None:
-                (Path(folder) / CARD_FILE).write_text(new_text(fresh), encoding="utf-8")
-            return push(Path(folder), list(times_of(Path(folder))), repo_id, fresh, token=token, **kwargs)
+            remote = Remote(repo_id, token, kwargs.get("revision"))
+            fresh = _card_of(model, Path(folder), repo_id, _with_remote([_earlier(model)], remote, model))
+            text = None if fresh is None else remote.text_for(new_text(fresh), fresh)
+            return push(Path(folder), list(times_of(Path(folder))), repo_id, text, token=token, **kwargs)
 
     def check_card(self, card: dict[str, Any] | None) -> None:
-        """Raises `ValueError` for a key that cards do not have, or metrics that are no dict."""
+        """Raises `ValueError` for a key that cards do not have, or a value that none can be."""
         Known.of(card)
 
     def write_card(self, model: Any, folder: str | os.PathLike, card: dict[str, Any] | None) -> None:
         """Write or renew the card of a folder in which the model was saved."""
         _take_down(model, card, None)
-        fresh = _card_of(model, Path(folder), None)
+        fresh = _card_of(model, Path(folder), None, [_earlier(model)])
         if fresh is None:
             raise ValueError(f"there is no config.json in {os.fspath(folder)!r}; save the model there first.")
         write_card_file(Path(folder), fresh)
@@ -127,15 +126,6 @@ def write_card_file(folder: Path, card: Card, parts: tuple[str, ...] | None = No
     """Write or renew the card in `folder`, only its `parts` where it is one of the package already."""
     path = folder / CARD_FILE
     write_whole(path, renewed_text(read_card(path), card, parts))
-
-
-def inherited(config: Any) -> dict[str, Any]:
-    """What the card of the folder that a model was loaded from says and is still true."""
-    source = getattr(config, "_name_or_path", "") or ""
-    path = Path(source) / CARD_FILE
-    card = parsed(read_card(path) or "") if source else None
-    found = {} if card is None else {name: card.data.get(name) for name in _INHERITED}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _for_the_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +139,18 @@ def _repo_of(folder: Path, hub: dict[str, Any]) -> str:
     return make_repo(hub.pop("repo_id", folder.resolve().name), hub.pop("private", None), hub["token"])
 
 
-def _take_down(model: Any, card: dict[str, Any] | None, self_contained: bool | None) -> None:
-    """Notes on the model what a call says; raises `ValueError` before anything is changed."""
+def _take_down(model: Any, card: dict[str, Any] | None, self_contained: bool | None) -> bool:
+    """Notes on the model what a call says; raises `ValueError` before anything is changed.
+
+    Returns:
+        Whether the code goes that was there.
+    """
     known = {**(model.card_data or {}), **(card or {})}
     Known.of(known)
     config = model.config
+    # The code that a model was loaded with does not hold a class that somebody derived from it.
+    is_derived = self_contained is None and names_our_code(config) and not is_of_package(type(model))
+    is_without_code = self_contained is False or is_derived
     if self_contained:
         auto_map = code_of(config.model_type).auto_map
         name = type(model).__name__.removeprefix("FSDP")
@@ -163,21 +160,44 @@ def _take_down(model: Any, card: dict[str, Any] | None, self_contained: bool | N
                 f"Leave it out, or save an instance of {', '.join(class_names(FAMILIES[config.model_type])[2:4])}, ..."
             )
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
-    elif self_contained is False and names_our_code(config):
+    elif is_without_code and names_our_code(config):
         ours = auto_map_of(FAMILIES[config.model_type])
         config.auto_map = {auto: name for auto, name in config.auto_map.items() if auto not in ours}
         if not config.auto_map:
             del config.auto_map
     if known:
         model.card_data = known
+    return is_without_code
 
 
-def _card_of(model: Any, path: Path, repo_id: str | None) -> Card | None:
+def _earlier(model: Any) -> Earlier:
+    """The card of the folder that a model was loaded from; asked before it is saved, which may be there."""
+    folder = getattr(model, "loaded_from_folder", None) or getattr(model.config, "_name_or_path", "")
+    if not folder:
+        return Earlier()
+    path = Path(folder)
+    known = said_by(read_card(path / CARD_FILE))
+    if "metrics" in (model.card_data or {}):
+        known.pop("metrics", None)
+    return Earlier(known, weights_of(path) if "metrics" in known else {})
+
+
+def _with_remote(earlier: list[Earlier], remote: Remote | None, model: Any) -> list[Earlier]:
+    """Earlier cards with the one of the repository that is pushed to before them."""
+    if remote is None:
+        return earlier
+    there = remote.earlier()
+    if hub_source(model) not in ("", remote.repo_id):  # it started elsewhere
+        there = Earlier({name: value for name, value in there.known.items() if name != "base_model"}, there.weights)
+    return [there, *earlier]
+
+
+def _card_of(model: Any, path: Path, repo_id: str | None, earlier: list[Earlier]) -> Card | None:
     """The card of a model that was saved at `path`; None where no config was, as with adapter weights alone."""
-    folder = Folder.of(path, model.config)
+    folder = Folder.of(path, model.config, model)
     if folder is None:
         return None
-    known = Known.of({**inherited(model.config), **(model.card_data or {})})
+    known = Known.of(merged(*(card.true_of(path) for card in earlier), model.card_data or {}))
     known = known.with_tags(model.model_tags)
     code = code_of(model.config.model_type) if names_our_code(model.config) and not folder.is_stock else None
     name = path.resolve().name if repo_id is None else repo_id.rpartition("/")[2]
