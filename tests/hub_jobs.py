@@ -20,7 +20,7 @@ import torch
 import transformers
 from datasets import Dataset
 from helpers import mask_of, model_class, random_ids, random_images, randomise_, tiny_config, tiny_tokenizer
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import _http
 from loopback_hub import fault, faults_left
@@ -129,6 +129,11 @@ def push(url: str, folder: Path) -> None:
         trainer = trainer_of(build(*ONE), folder / "trained", hub_model_id="ada/trained")
         trainer.train()
         trainer.push_to_hub()
+        theirs = ModelCard.load("ada/trained").text.rstrip("\n")
+        assert "## Load\n" not in theirs
+        trainer.model.push_to_hub("ada/trained")
+        both = ModelCard.load("ada/trained").text
+        assert both.startswith(theirs) and '.from_pretrained("ada/trained")' in both
         expected["ada/trained"] = logits_of(trainer.model.eval())
     with checked("push every_save"):
         saving = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 1}
@@ -140,6 +145,15 @@ def push(url: str, folder: Path) -> None:
         model = build(*ONE, seed=1)
         model.push_to_hub("ada/secret", private=True)
         expected["ada/secret"] = logits_of(model)
+    with checked("push again keeps what is known"):
+        known = {"license": "mit", "metrics": {"f1": 0.5}, "summary": "Mine."}
+        build(*ONE).push_to_hub("ada/known", card=known)
+        model = transformers.AutoModelForMaskedLM.from_pretrained("ada/known")
+        for _ in range(2):
+            model.push_to_hub("ada/known", revision="more")  # a branch that is not there, and one that is
+            card = ModelCard(Path(hf_hub_download("ada/known", "README.md", revision="more")).read_text())
+            assert card.data.license == "mit" and "| f1 | 0.5 |" in card.text and "Mine." in card.text
+            assert "- Base model: not recorded" in card.text
     with checked("push revisions"):
         for seed in range(3):
             model = build(*ONE, seed=seed)

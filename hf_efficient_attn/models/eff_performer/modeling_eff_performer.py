@@ -39,8 +39,8 @@ class EffPerformerPreTrainedModel(EffPreTrainedModel):
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
         """As in transformers; weights of BERT and RoBERTa load by name, RoBERTa's under BERT's names.
 
-        Their encoder and masked-LM head load, of BERT the other heads too; projections are drawn, and transformers
-        reports them as new. The outputs are an estimate of the original's: train before use.
+        Their encoders and heads load, but for RoBERTa's head of sequence classification; projections are drawn, and
+        transformers reports them as new. The outputs are an estimate of the original's: train before use.
         """
         loaded = super().from_pretrained(*args, key_mapping={**_ROBERTA_NAMES, **(key_mapping or {})}, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
