@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None]:
         train_dataset=data[0],
         eval_dataset=data[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)),
         compute_metrics=accuracy,
     )
     trainer.layer_decay = args.layer_decay

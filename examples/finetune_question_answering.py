@@ -164,7 +164,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, Dataset]:
         train_dataset=windows[0],
         eval_dataset=windows[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)),
         compute_metrics=span_figures,
         preprocess_logits_for_metrics=best_span,
     )

@@ -175,7 +175,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         train_dataset=pieces[0],
         eval_dataset=pieces[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)),
         compute_metrics=figures,
         preprocess_logits_for_metrics=recipes.best_labels,
     )

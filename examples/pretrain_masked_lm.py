@@ -99,14 +99,14 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         args.mask,
         args.whole_word,
         mask_share=0.9,
-        pad_to_multiple_of=None if args.pack else 8,
+        pad_to_multiple_of=None if args.pack else recipes.padding_step(args.max_length),
         seed=args.seed,
     )
     with arguments.main_process_first():
         rows = [recipes.cut_texts(side, tokenizer, args.max_length, args.text_column) for side in (train, held_out)]
     rows[1] = mask_held_out(rows[1], mask)
     learn = recipes.pack(mask, model, args.max_length) if args.pack else mask
-    pad = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
+    pad = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length))
     if arguments.process_index == 0:
         print(
             f"{recipes.rows_of(rows[0])} rows of at most {args.max_length} tokens to learn, "

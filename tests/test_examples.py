@@ -97,7 +97,7 @@ def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> N
 def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": row["body"], "label": row["topic"]} for row in rows()])
     stream = ["--dataset", "rows.jsonl", "--streaming", "--max-steps", "3", "--max-eval-examples", "6"]
-    stream += ["--max-length", "16", "--output-dir", "out"]
+    stream += ["--max-length", "6", "--output-dir", "out"]  # no multiple of 8, and every text is longer
     assert "name them all with --labels" in error_of(NAME, tmp_path, *stream)
     printed = run_here(NAME, tmp_path, *stream, "--labels", *LABELS)
     assert "a stream of documents to learn, 6 held out; 3 labels" in printed

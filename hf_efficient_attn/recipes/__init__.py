@@ -6,7 +6,7 @@ figures and curves. Plain functions around transformers' Trainer; use what fits.
 
 from .models import make_model
 from .options import RecipeParser, count, errors_in_one_line, positive, share
-from .rows import CollatorOfSides, continue_texts, cut_texts, pack
+from .rows import CollatorOfSides, continue_texts, cut_texts, pack, padding_step
 from .scores import answer_scores, best_labels, label_f1, token_figures, token_sums
 from .sides import check_columns, column_names, limit_sides, load_tokenizer, read_sides, read_texts
 from .training import checkpoint_to_resume, rows_of, train_and_save, training_arguments
@@ -29,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "make_model",
     "pack",
+    "padding_step",
     "positive",
     "read_sides",
     "read_texts",
