@@ -67,6 +67,10 @@ def mask_held_out(rows: Dataset, mask: DataCollatorForReplacedTokenDetection) ->
         batch = mask([row])
         tokens = batch["attention_mask"][0].bool()  # without the padding to a multiple
         masked.append({name: batch[name][0, tokens].tolist() for name in ("input_ids", "labels")})
+    if not any(label >= 0 for row in masked for label in row["labels"]):
+        raise ValueError(
+            "nothing is masked on the evaluation side, of little or no text: give more, or a larger --mask."
+        )
     return Dataset.from_list(masked)
 
 
