@@ -67,7 +67,10 @@ def number_labels(
         raise ValueError(f"column {column!r} has to hold strings or whole numbers, but it holds {feature}.")
     if args.labels is None and isinstance(train, IterableDataset):
         raise ValueError(f"a stream does not list the labels in column {column!r}: name them all with --labels.")
-    values = sorted(set(train[column])) if args.labels is None else args.labels
+    if args.labels is None:
+        values = sorted(set(train[column]))
+    else:
+        values = recipes.labels_like(args.labels, held_out[column], column)
     if unseen := set(held_out[column]) - set(values):
         raise ValueError(f"the labels {sorted(unseen)} are on the evaluation side only: remove them or split anew.")
     return [str(value) for value in values], {value: number for number, value in enumerate(values)}
@@ -135,7 +138,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None]:
         train_dataset=data[0],
         eval_dataset=data[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)),
         compute_metrics=accuracy,
     )
     trainer.layer_decay = args.layer_decay

@@ -5,10 +5,11 @@
     python examples/finetune_question_answering.py --dataset squad --model my-checkpoint --max-length 4096
 
 --dataset takes whatever `datasets.load_dataset` can read: columns with a question, a context and answers, which are
-SQuAD's ({"text": [...], "answer_start": [...]}, none for a question without an answer) or one text that stands in the
-context. Without it the contexts are pieces of Python's standard library, and the questions ask about the functions and
-classes in them. --model takes any folder or Hub name that AutoModelForQuestionAnswering can load, of this package's
-families or another. Without it a small new model of --family is trained, with a tokenizer trained on the contexts.
+SQuAD's ({"text": [...], "answer_start": [...]}, none for a question without an answer), or one text or several that
+stand in the context, or nothing. Without it the contexts are pieces of Python's standard library, and the questions ask
+about the functions and classes in them. --model takes any folder or Hub name that AutoModelForQuestionAnswering can
+load, of this package's families or another. Without it a small new model of --family is trained, with a tokenizer
+trained on the contexts.
 
 Contexts longer than --max-length are read in windows that overlap by --stride tokens. In the end QuestionAnswerer reads
 the held-out contexts whole with the saved model. Prints exact match and F1 as SQuAD counts them, of the model and of
@@ -62,10 +63,15 @@ def answers_of(answers: Any, context: str) -> list[tuple[int, str]]:
     """Where each right answer begins in the context, and the answer; none for a question without one."""
     if answers is None or answers == "":
         return []
-    if isinstance(answers, str):
-        places = [(context.find(answers), answers)]
+    texts = [answers] if isinstance(answers, str) else answers
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        places = [(context.find(text), text) for text in texts]
+    elif isinstance(texts, dict) and {"answer_start", "text"} <= texts.keys():
+        places = list(zip(texts["answer_start"], texts["text"], strict=True))
     else:
-        places = list(zip(answers["answer_start"], answers["text"], strict=True))
+        raise ValueError(
+            f"the answer {answers!r} is neither text, nor a list of texts, nor SQuAD's form: mend the rows."
+        )
     for start, text in places:
         if start < 0 or context[start : start + len(text)] != text:
             raise ValueError(f"the answer {text!r} does not stand at character {start} of its context: mend the rows.")
@@ -81,8 +87,17 @@ def cut_windows(
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        questions = [question.strip() for question in batch[args.question_column]]
+        longest = max(tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"], key=len)
+        room = args.max_length - len(longest) - tokenizer.num_special_tokens_to_add(pair=True)
+        if room <= args.stride:
+            raise ValueError(
+                f"a question has {len(longest)} tokens, with which windows of {args.max_length} have room for "
+                f"{max(0, room)} of the context and would share {args.stride}: shorten it, or give another "
+                "--max-length or --stride."
+            )
         encoding = tokenizer(
-            [question.strip() for question in batch[args.question_column]],
+            questions,
             batch[args.context_column],
             truncation="only_second",
             max_length=args.max_length,
@@ -138,7 +153,12 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, Dataset]:
             recipes.check_columns(
                 sides, {"--question-column": args.question_column, "--context-column": args.context_column}
             )
-            recipes.check_columns(sides, {"--answers-column": args.answers_column}, None)
+            recipes.check_columns(sides, {"--answers-column": args.answers_column}, None, gaps=True)
+            for column in (args.question_column, args.context_column):
+                if blank := sum(
+                    not text.strip() for side in sides if isinstance(side, Dataset) for text in side[column]
+                ):
+                    raise ValueError(f"column {column!r} is blank in {blank} rows: remove them.")
         else:
             sides = questions_corpus(max_characters=800, seed=args.seed)
             args.max_train_examples = args.max_train_examples or 2400
@@ -164,7 +184,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, Dataset]:
         train_dataset=windows[0],
         eval_dataset=windows[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)),
         compute_metrics=span_figures,
         preprocess_logits_for_metrics=best_span,
     )

@@ -58,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def number_labels(
-    train: Dataset | IterableDataset, column: str, given: list[str] | None
+    train: Dataset | IterableDataset, held_out: Dataset, column: str, given: list[str] | None
 ) -> tuple[list[str], dict[Any, int]]:
     """The labels' names in the order of their ids, and the id of what stands in the data."""
     feature = (train.features or {}).get(column)
@@ -67,7 +67,10 @@ def number_labels(
         return inner.names, {number: number for number in range(inner.num_classes)}
     if given is None and isinstance(train, IterableDataset):
         raise ValueError(f"a stream does not list the labels in column {column!r}: name them all with --labels.")
-    values = given or sorted({tag for row in train[column] for tag in row})
+    if given is None:
+        values = sorted({tag for row in train[column] for tag in row})
+    else:
+        values = recipes.labels_like(given, (tag for row in held_out[column] for tag in row), column)
     return [str(value) for value in values], {value: number for number, value in enumerate(values)}
 
 
@@ -81,6 +84,8 @@ def tag_pieces(
         for words, found in zip(documents, tags, strict=True):
             if len(words) != len(found):
                 raise ValueError(f"a row has {len(words)} words and {len(found)} labels: give one label a word.")
+            if None in words or None in found:
+                raise ValueError("a row has a word or a label that is empty (null): remove it.")
             if unknown := set(found) - ids.keys():
                 raise ValueError(f"the training side has no label {unknown.pop()!r}: remove the rows, or split anew.")
         encoding = tokenizer(
@@ -151,7 +156,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         else:
             sides = names_corpus(max_per_package=12, seed=args.seed)
         train, held_out = recipes.limit_sides(args, *sides)
-    labels, ids = number_labels(train, args.tags_column, args.labels)
+    labels, ids = number_labels(train, held_out, args.tags_column, args.labels)
     tokenizer = recipes.load_tokenizer(
         checkpoint or args.model,
         lambda: train_tokenizer((word for row in train.take(10_000) for word in row[args.tokens_column]), 4096),
@@ -175,7 +180,9 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         train_dataset=pieces[0],
         eval_dataset=pieces[1],
         processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorForTokenClassification(
+            tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length)
+        ),
         compute_metrics=figures,
         preprocess_logits_for_metrics=recipes.best_labels,
     )

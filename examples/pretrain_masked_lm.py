@@ -67,6 +67,10 @@ def mask_held_out(rows: Dataset, mask: DataCollatorForReplacedTokenDetection) ->
         batch = mask([row])
         tokens = batch["attention_mask"][0].bool()  # without the padding to a multiple
         masked.append({name: batch[name][0, tokens].tolist() for name in ("input_ids", "labels")})
+    if not any(label >= 0 for row in masked for label in row["labels"]):
+        raise ValueError(
+            "nothing is masked on the evaluation side, of little or no text: give more, or a larger --mask."
+        )
     return Dataset.from_list(masked)
 
 
@@ -99,14 +103,14 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         args.mask,
         args.whole_word,
         mask_share=0.9,
-        pad_to_multiple_of=None if args.pack else 8,
+        pad_to_multiple_of=None if args.pack else recipes.padding_step(args.max_length),
         seed=args.seed,
     )
     with arguments.main_process_first():
         rows = [recipes.cut_texts(side, tokenizer, args.max_length, args.text_column) for side in (train, held_out)]
     rows[1] = mask_held_out(rows[1], mask)
     learn = recipes.pack(mask, model, args.max_length) if args.pack else mask
-    pad = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
+    pad = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length))
     if arguments.process_index == 0:
         print(
             f"{recipes.rows_of(rows[0])} rows of at most {args.max_length} tokens to learn, "

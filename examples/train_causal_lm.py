@@ -97,7 +97,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, dict[str, fl
         rows = [
             recipes.continue_texts(side, tokenizer, args.max_length, args.text_column) for side in (train, held_out)
         ]
-    collator = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
+    collator = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=recipes.padding_step(args.max_length))
     if args.pack:
         rows[0] = rows[0].remove_columns("labels")  # made for the packed rows
         packed = recipes.pack(DataCollatorWithPadding(tokenizer), model, args.max_length, causal=True)

@@ -37,7 +37,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_efficient_attn import ATTENTIONS, FAMILIES, EffViTConfig, EffViTForImageClassification, recipes
+from hf_efficient_attn import (
+    ATTENTIONS,
+    FAMILIES,
+    EffViTConfig,
+    EffViTForImageClassification,
+    EpochOfMasks,
+    recipes,
+)
 from hf_efficient_attn.demo import accuracy
 
 
@@ -101,37 +108,49 @@ def read_data(args: argparse.Namespace) -> tuple[Dataset | IterableDataset, Data
     return train, held_out, feature.names
 
 
-def moved(pixels: torch.Tensor, shift: int) -> torch.Tensor:
-    """An image, by up to so many pixels up or down and to the left or right."""
-    down, right = (int(torch.randint(-shift, shift + 1, ())) for _ in range(2))
-    return pixels.roll((down, right), dims=(1, 2)) if shift > 0 else pixels
+class Shifts:
+    """Moves an image by up to so many pixels up or down and to the left or right.
+
+    How far is a function of seed, epoch and place in the data, so that an interrupted run goes on as it would have.
+    """
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.most, self.seed, self.epoch = most, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __call__(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        return pixels.roll(random.integers(-self.most, self.most + 1, 2).tolist(), dims=(1, 2))
 
 
 class Images(torch.utils.data.Dataset):
     """Images as the processor gives them; moved by a few pixels in training."""
 
-    def __init__(self, data: Dataset, processor: ViTImageProcessorPil, shift: int = 0) -> None:
+    def __init__(self, data: Dataset, processor: ViTImageProcessorPil, shifts: Shifts | None = None) -> None:
         images = [image.convert("RGB") for image in data["image"]]
         self.pixels = processor(images, return_tensors="pt").pixel_values
-        self.labels, self.shift = torch.tensor(data["label"]), shift
+        self.labels, self.shifts = torch.tensor(data["label"]), shifts
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": moved(self.pixels[index], self.shift), "labels": self.labels[index]}
+        pixels = self.pixels[index]
+        return {"pixel_values": self.shifts(pixels, index) if self.shifts else pixels, "labels": self.labels[index]}
 
 
-def as_pixels(data: Dataset | IterableDataset, processor: ViTImageProcessorPil, shift: int) -> Any:
+def as_pixels(data: Dataset | IterableDataset, processor: ViTImageProcessorPil, shifts: Shifts) -> Any:
     """The training side: in memory, or of a stream as it comes."""
     if isinstance(data, Dataset):
-        return Images(data, processor, shift)
+        return Images(data, processor, shifts)
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         pixels = processor(row["image"].convert("RGB"), return_tensors="pt").pixel_values[0]
-        return {"pixel_values": moved(pixels, shift), "labels": row["label"]}
+        return {"pixel_values": shifts(pixels, index), "labels": row["label"]}
 
-    return data.map(encode, remove_columns=["image", "label"])
+    return data.map(encode, with_indices=True, remove_columns=["image", "label"])
 
 
 def make_model(args: argparse.Namespace, labels: list[str]) -> PreTrainedModel:
@@ -243,14 +262,16 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, str | None, Dataset]:
             f"{model.num_parameters():,} parameters, {getattr(model.config, 'attention', 'its own')} attention, "
             f"{height} x {width} pixels"
         )
+    shifts = Shifts(args.shift, args.seed)
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=as_pixels(train, processor, args.shift),
+        train_dataset=as_pixels(train, processor, shifts),
         eval_dataset=Images(held_out, processor),
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=accuracy,
+        callbacks=[EpochOfMasks(shifts)],
     )
     return trainer, recipes.checkpoint_to_resume(args, model), held_out
 

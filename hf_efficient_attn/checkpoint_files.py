@@ -25,9 +25,14 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+def read_json_value(path: Path) -> Any:
+    """Any JSON, such as the list in `modules.json` of sentence-transformers."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_value(path)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, and an object is expected")
     return content

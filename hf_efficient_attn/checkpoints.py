@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from .checkpoint_files import (
     read_arguments,
     read_json,
+    read_json_value,
     read_pickle,
     read_safetensors,
     read_text,
@@ -27,7 +28,7 @@ _FSDP = "pytorch_model_fsdp"
 _DEEPSPEED = re.compile(r"global_step[0-9]+")
 
 # What only some runs write, and what is looked at because it lies there: pattern -> how it is read.
-_BY_KIND = {"*.json": read_json, "*.safetensors": read_safetensors, "rng_state*.pth": read_pickle}
+_BY_KIND = {"*.json": read_json_value, "*.safetensors": read_safetensors, "rng_state*.pth": read_pickle}
 
 
 def last_complete_checkpoint(
@@ -42,9 +43,11 @@ def last_complete_checkpoint(
 
     Args:
         output_dir: the run's `TrainingArguments.output_dir`; it may not exist yet.
-        model: the model to go on with, if given: the checkpoint must have its tensors, by name and shape. Trainer does
-            not look: it leaves weights new that have no counterpart, and an optimizer's state of other shapes can end
-            the process. A PEFT model is compared by its adapters; what FSDP or DeepSpeed have split is not compared.
+        model: the model to go on with, if given: the checkpoint must have its tensors, by name and shape. Trainer
+            does not look: it leaves weights new that have no counterpart, and an optimizer's state of other shapes can
+            end the process. Nor does it find weights that transformers saves under other names than they have in memory
+            (the experts of Mixtral and Qwen2-MoE): that is refused too, with what helps. A PEFT model is compared by
+            its adapters; what FSDP or DeepSpeed have split is not compared.
         world_size: processes to go on with, if given: the random states of each of them must be there.
 
     Returns:
@@ -52,7 +55,8 @@ def last_complete_checkpoint(
         case that call starts at the beginning.
 
     Raises:
-        ValueError: the checkpoint is of another `model`: the first tensor that differs; a `world_size` below 1.
+        ValueError: the checkpoint is of another `model`: the first tensor that differs; Trainer would not find all
+            weights of `model` in it; a `world_size` below 1.
 
     Example:
 
@@ -315,7 +319,28 @@ class _Checkpoint:
             shared = {id(known[name]) for name in self.weights if name in known}
             left_out = {name for name, tensor in known.items() if id(tensor) in shared}
             left_out |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+            self._refuse_other_names(known, left_out, model)
             self._compare(self.weights, known, left_out, model)
+
+    def _refuse_other_names(self, known: dict[str, Any], left_out: set[str], model: nn.Module) -> None:
+        """Raises `ValueError` where this is the model, saved by transformers under names that Trainer does not load."""
+        if not isinstance(model, PreTrainedModel) or not known.keys() - self.weights.keys() - left_out:
+            return
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+
+            written = revert_weight_conversion(model, {name: x.detach().to("meta") for name, x in known.items()})
+        except Exception:  # nothing is known of how it is saved
+            return
+        lost = sorted(known.keys() - written.keys())
+        is_whole = self.weights.keys() <= written.keys() <= self.weights.keys() | left_out
+        if lost and is_whole and all(list(written[name].shape) == list(self.weights[name]) for name in self.weights):
+            raise ValueError(
+                f"{self.folder} has other names for {len(lost)} tensors than the {type(model).__name__}, such as "
+                f"{lost[0]!r}: transformers renames them when it saves, and Trainer, which does not when it goes on, "
+                f"would leave them as they are. Make the model with from_pretrained({str(self.folder)!r}), and find "
+                "the checkpoint without model=."
+            )
 
     def _compare(self, saved: dict[str, Any], expected: dict[str, Any], left_out: set[str], model: nn.Module) -> None:
         owner = type(model).__name__

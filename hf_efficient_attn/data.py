@@ -74,7 +74,9 @@ class DataCollatorWithPacking:
     """Packs texts of different length into rows, so that little of a batch is padding; another collator does the rest.
 
     The models of this package keep the documents of a row apart: nothing attends another document, and each is computed
-    as in a row of its own. Padding, which costs in every layer, is left at the end of rows only.
+    as in a row of its own. Other models do not: Trainer drops `document_ids`, which they do not take, and every
+    document of a row attends the others without a word of warning. Padding, which costs in every layer, is left at the
+    end of rows only.
 
     Args:
         collator: makes a batch of the rows; any with a `tokenizer`, such as `DataCollatorForLanguageModeling` (masks

@@ -14,7 +14,16 @@ from processes import run_two
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_efficient_attn import checkpoint_problems, last_complete_checkpoint
 
@@ -128,6 +137,27 @@ def test_the_same_model(run: Path, tmp_path: Path) -> None:
             assert last_complete_checkpoint(tmp_path / f"bert-{tie}", model=bert)
     with pytest.raises(ValueError, match="is not in it"):
         last_complete_checkpoint(tmp_path / "bert-True", model=bert)
+
+
+def test_names_that_transformers_changes_in_saving(tmp_path: Path) -> None:
+    """Trainer leaves the experts as they are when it goes on; it goes on exactly with a model that has them already."""
+    fields = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"intermediate_size": 16, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**fields, **experts))
+    make_trainer(tmp_path, model, max_steps=2).train()
+    last = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="has other names for 3 tensors than the MixtralForCausalLM, such as") as error:
+        last_complete_checkpoint(tmp_path, model=model)
+    assert f"from_pretrained({last!r})" in str(error.value) and last_complete_checkpoint(tmp_path) == last
+    other = MixtralForCausalLM(MixtralConfig(**{**fields, "hidden_size": 48}, **experts))
+    with pytest.raises(ValueError, match="checkpoint-2 is of another model"):
+        last_complete_checkpoint(tmp_path, model=other)
+    # Both ways of going on, with steps that change nothing.
+    for again, exact in ((MixtralForCausalLM(model.config), False), (MixtralForCausalLM.from_pretrained(last), True)):
+        trainer = make_trainer(tmp_path, again, max_steps=2)
+        trainer.train(resume_from_checkpoint=last)
+        wanted, found = model.state_dict(), again.state_dict()
+        assert all(found[name].equal(wanted[name]) for name in wanted) == exact
 
 
 def test_numbers_of_processes_out_of_range(run: Path) -> None:

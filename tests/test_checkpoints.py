@@ -325,3 +325,10 @@ def test_contents_that_do_not_fit(copied: Path) -> None:
     (checkpoint / "config.json").unlink()
     (checkpoint / "config.json").mkdir()
     assert passes_over(copied, "config.json") and checkpoint_problems(checkpoint) == ["config.json: no file"]
+    # What others put beside it may be any JSON.
+    (checkpoint / "config.json").rmdir()
+    (checkpoint / "config.json").write_bytes(kept["config.json"])
+    (checkpoint / "modules.json").write_text('[{"idx": 0}]')
+    assert checkpoint_problems(checkpoint) == []
+    (checkpoint / "modules.json").write_text('[{"idx": 0}')
+    assert passes_over(copied, "modules.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import runpy
@@ -64,10 +65,15 @@ def test_training_goes_on_from_the_last_complete_checkpoint(answered: Path) -> N
 
 
 def test_a_checkpoint_is_tuned_further_on_a_stream_of_plain_answers(answered: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", rows(plain=True))
-    options = [*SMALL[:2], "--answers-column", "answer", "--streaming", "--max-eval-examples", "5", "--max-steps", "2"]
-    printed = run_here(NAME, tmp_path, *options, "--model", answered / "out", "--output-dir", "out", "--bf16")
-    assert "a stream of questions to learn, 5 held out" in printed and "windows of at most 48 tokens" in printed
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "context", "answer"])
+        writer.writeheader()
+        writer.writerows(rows(plain=True)[::-1])  # the first one has no answer
+    options = ["--dataset", "rows.csv", "--answers-column", "answer"]
+    options += ["--streaming", "--max-eval-examples", "5", "--max-steps", "2"]
+    options += ["--model", answered / "out", "--max-length", "45"]  # no multiple of 8
+    printed = run_here(NAME, tmp_path, *options, "--output-dir", "out", "--bf16")
+    assert "a stream of questions to learn, 5 held out" in printed and "windows of at most 45 tokens" in printed
 
 
 def test_the_places_of_answers_are_theirs(answered: Path) -> None:
@@ -82,6 +88,8 @@ def test_the_places_of_answers_are_theirs(answered: Path) -> None:
         for row in windows
         if row["end_positions"] > 0
     ]
+    assert example["answers_of"](["b", "d"], "a b c d") == [(2, "b"), (6, "d")]
+    assert example["answers_of"](None, "a") == example["answers_of"]([], "a") == []
     assert set(found) == set(PLACES.values()) and len(found) >= 36
     without = [row for row in windows if row["end_positions"] == 0]
     assert len(without) > 10 and all(row["start_positions"] == 0 for row in without)
@@ -93,6 +101,9 @@ def test_the_places_of_answers_are_theirs(answered: Path) -> None:
         (["--dataset", "other.jsonl"], "no column 'question', it has q, context, answers: name the columns with"),
         (["--dataset", "moved.jsonl"], "the answer 'London' does not stand at character 2 of its context"),
         (["--dataset", "absent.jsonl"], "the answer 'Paris' does not stand at character -1 of its context"),
+        (["--dataset", "blank.jsonl"], "column 'context' is blank in 6 rows"),
+        (["--dataset", "long.jsonl", "--max-length", "48"], "tokens, with which windows of 48 have room for 0 of the"),
+        (["--dataset", "numbers.jsonl"], "the answer 3 is neither text, nor a list of texts, nor SQuAD's form"),
         (["--dataset", "rows.jsonl", "--answers-column", "reply"], "name the columns with --answers-column"),
         (["--dataset", "rows.jsonl", "--stride", "0"], "argument --stride: 0 is not a whole number above 0"),
         (["--dataset", "rows.jsonl", "--resume"], "holds no checkpoint to go on from"),
@@ -104,4 +115,8 @@ def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, 
     moved = {"text": ["London"], "answer_start": [2]}
     write_jsonl(tmp_path / "moved.jsonl", [{"question": "Where?", "context": "In London.", "answers": {**moved}}] * 6)
     write_jsonl(tmp_path / "absent.jsonl", [{"question": "Where?", "context": "In London.", "answers": "Paris"}] * 6)
+    row = {"question": "Where?", "context": "In London.", "answers": "London"}
+    changes = {"blank": {"context": " ", "answers": ""}, "long": {"question": "why " * 99}, "numbers": {"answers": 3}}
+    for name, change in changes.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{**row, **change}] * 6)
     assert message in error_of(NAME, tmp_path, *options)

@@ -70,7 +70,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     folder = masked if name == MASKED else causal
     data = {MASKED: ["--dataset", masked / "texts.txt"], CAUSAL: ["--dataset", causal / "texts.jsonl"]}[name]
     data += ["--text-column", "text" if name == MASKED else "body", "--model", folder / "out"]
-    options = [*data, "--batch-size", "8", "--max-length", "32", "--max-steps", "24"]
+    options = [*data, "--batch-size", "8", "--max-length", "28", "--max-steps", "24"]  # 28 is no multiple of 8
     run_here(name, tmp_path, *options, "--output-dir", "whole")
     # What is left of a run that was killed: two checkpoints, the newer one half written.
     (tmp_path / "whole").rename(tmp_path / "killed")
@@ -135,9 +135,14 @@ def test_what_a_model_cannot_do_is_said_before_it_trains(masked: Path, tmp_path:
     (tmp_path / "texts.txt").write_text("\n\n".join(documents(12)))
     options = ["--dataset", "texts.txt", "--model", masked / "out", "--max-length", "64"]
     assert "--max-length is 64, but" in error_of(MASKED, tmp_path, *options)
+    write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}] * 3)
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in documents(12)])
+    options = ["--dataset", "rows.jsonl", "--eval-dataset", "blank.jsonl", "--model", masked / "out"]
+    assert "nothing is masked on the evaluation side" in error_of(MASKED, tmp_path, *options)
+    options = ["--dataset", "texts.txt"]
     bert = BertConfig(vocab_size=120, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
     AutoTokenizer.from_pretrained(masked / "out").save_pretrained(tmp_path / "bert")
-    line = error_of(MASKED, tmp_path, *options[:2], "--model", "bert", "--max-length", "32", "--pack")
+    line = error_of(MASKED, tmp_path, *options, "--model", "bert", "--max-length", "32", "--pack")
     assert "--pack: BertForMaskedLM cannot keep documents of a row apart" in line
     assert not list(tmp_path.glob("*/checkpoint-*"))

@@ -69,6 +69,7 @@ def test_a_checkpoint_is_tuned_further_on_a_stream_of_class_ids(tagged: Path, tm
     }
     Dataset.from_dict(table, features=features).to_parquet(tmp_path / "rows.parquet")
     options = ["--dataset", "rows.parquet", "--streaming", "--max-eval-examples", "5", "--max-steps", "2"]
+    options += ["--max-length", "12"]  # no multiple of 8, and texts are longer
     printed = run_here(
         NAME, tmp_path, *options, "--model", tagged / "out", "--output-dir", "out", "--gradient-checkpointing"
     )
@@ -82,6 +83,12 @@ def test_a_checkpoint_is_tuned_further_on_a_stream_of_class_ids(tagged: Path, tm
         (["--dataset", "rows.jsonl"], "no column 'tokens', it has words, ner: name the columns with --tokens-column"),
         (["--dataset", "texts.jsonl"], "column 'tokens' of the training side has rows that are no list"),
         (["--dataset", "uneven.jsonl"], "a row has 2 words and 1 labels: give one label a word"),
+        (["--dataset", "gaps.jsonl"], "column 'tokens' has lists with gaps (null) in 4 rows of the training side"),
+        (
+            ["--dataset", "gaps.jsonl", "--tokens-column", "tags", "--tags-column", "tokens"],
+            "'tokens' has lists with gaps",
+        ),
+        (["--dataset", "numbers.jsonl", "--labels", "X", "Y"], "holds whole numbers: give those"),
         (["--dataset", "good.jsonl", "--eval-dataset", "new.jsonl"], "no label 'Z': remove the rows, or split anew"),
         (["--dataset", "good.jsonl", "--streaming", "--max-steps", "1", "--max-eval-examples", "2"], "with --labels"),
         (["--dataset", "good.jsonl", "--resume"], "holds no checkpoint to go on from"),
@@ -93,5 +100,7 @@ def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, 
     write_jsonl(tmp_path / "texts.jsonl", [{"tokens": "a b", "tags": "X Y"}] * 6)
     write_jsonl(tmp_path / "uneven.jsonl", [{"tokens": ["a", "b"], "tags": ["X"]}] * 6)
     write_jsonl(tmp_path / "good.jsonl", [{"tokens": ["a", "b"], "tags": ["X", "Y"]}] * 6)
+    write_jsonl(tmp_path / "gaps.jsonl", [{"tokens": ["a", None], "tags": ["X", "Y"]}] * 6)
+    write_jsonl(tmp_path / "numbers.jsonl", [{"tokens": ["a", "b"], "tags": [0, 1]}] * 6)
     write_jsonl(tmp_path / "new.jsonl", [{"tokens": ["a"], "tags": ["Z"]}])
     assert message in error_of(NAME, tmp_path, *options)

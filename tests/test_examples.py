@@ -97,8 +97,13 @@ def test_a_folder_of_texts_has_its_labels_in_the_subfolders(tmp_path: Path) -> N
 def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": row["body"], "label": row["topic"]} for row in rows()])
     stream = ["--dataset", "rows.jsonl", "--streaming", "--max-steps", "3", "--max-eval-examples", "6"]
-    stream += ["--max-length", "16", "--output-dir", "out"]
+    stream += ["--max-length", "6", "--output-dir", "out"]  # no multiple of 8, and every text is longer
     assert "name them all with --labels" in error_of(NAME, tmp_path, *stream)
+    write_csv(tmp_path / "numbers.csv", [{"text": row["body"], "label": i % 2} for i, row in enumerate(rows())])
+    numbers = ["--dataset", "numbers.csv", *stream[2:-1], "numbers"]
+    assert "holds whole numbers: give those" in error_of(NAME, tmp_path, *numbers, "--labels", "no", "yes")
+    run_here(NAME, tmp_path, *numbers, "--labels", "1", "0")
+    assert json.loads((tmp_path / "numbers" / "config.json").read_text())["id2label"] == {"0": "1", "1": "0"}
     printed = run_here(NAME, tmp_path, *stream, "--labels", *LABELS)
     assert "a stream of documents to learn, 6 held out; 3 labels" in printed
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["0"] == "fruit"
@@ -111,6 +116,7 @@ def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None
         (["--dataset", "rows.csv"], "no column 'text', it has body, topic: name the columns with --text-column"),
         (["--dataset", "rows.csv", "--train-split", "a", "--eval-split", "b"], "has no split 'b': it has a"),
         (["--dataset", "some/name", "--eval-dataset", "rows.csv"], "--eval-dataset goes with a file"),
+        (["--dataset", "broken.csv"], "Expected 2 fields in line 3, saw 4"),
         (["--dataset", "rows.xml"], "ends in '.xml', which is not known"),
         (["--dataset", "floats.csv"], "column 'label' has to hold strings or whole numbers"),
         (["--dataset", "gaps.csv"], "column 'label' is empty in"),
@@ -123,6 +129,7 @@ def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None
 def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
     write_csv(tmp_path / "rows.csv", rows())
     (tmp_path / "rows.xml").write_text("<a/>")
+    (tmp_path / "broken.csv").write_text("text,label\na,x\nb,y,z,z\n")
     write_csv(tmp_path / "floats.csv", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}] * 5)
     write_csv(tmp_path / "gaps.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": None}] * 9)
     write_csv(tmp_path / "good.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9)

@@ -47,6 +47,8 @@ def parser() -> RecipeParser:
     ("options", "message"),
     [
         (["--epochs", "0"], "argument --epochs: 0 is not above 0"),
+        (["--learning-rate", "inf"], "argument --learning-rate: inf is not a finite number"),
+        (["--epochs", "1", "--max-steps", "2"], "--epochs and --max-steps both say how long to train"),
         (["--batch-size", "-1"], "argument --batch-size: -1 is not a whole number above 0"),
         (["--seed", "4294967296"], "is not a whole number from 0 to 2 ** 32 - 1"),
         (["--streaming"], "--streaming goes with --dataset and --max-steps"),
@@ -54,7 +56,10 @@ def parser() -> RecipeParser:
         (["--output-dir", "file.txt"], "--output-dir: file.txt is a file"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--output-dir", "model", "--model", "model", "--overwrite"], "to keep the model"),
+        (["--output-dir", "run", "--model", "run/checkpoint-3", "--overwrite"], "--model run/checkpoint-3 lies in"),
+        (["--output-dir", "run", "--tokenizer", "run/link", "--overwrite"], "--tokenizer run/link lies in"),
         (["--output-dir", "model"], "model holds model.safetensors of an earlier run: give --resume to go on"),
+        (["--output-dir", "best", "--overwrite"], "checkpoint-best is no checkpoint of Trainer, which would remove it"),
         (["--output-dir", "run"], "run holds checkpoint-3 of an earlier run"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
@@ -71,8 +76,12 @@ def test_wrong_options_end_in_one_line(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("")
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "run" / "link").symlink_to("checkpoint-3")
+    (tmp_path / "best" / "checkpoint-best").mkdir(parents=True)
+    known = parser()
+    known.data.add_argument("--tokenizer")
     with pytest.raises(SystemExit) as stop:
-        parser().parse_args(options)
+        known.parse_args(options)
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("Error: ") and line.count("\n") == 1 and message in line
 

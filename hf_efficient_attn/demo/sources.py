@@ -63,7 +63,9 @@ def load_sides(
         try:
             splits = load_dataset(LOADERS[path.suffix], data_files=files, streaming=streaming, **options)
         except DatasetGenerationError as error:
-            raise ValueError(f"{path} cannot be read as {path.suffix}, or is empty: {error}") from None
+            raise ValueError(
+                f"{path} cannot be read as {path.suffix}, or is empty: {error.__cause__ or error}"
+            ) from None
     elif path.is_file():
         raise ValueError(f"{path} ends in {path.suffix!r}, which is not known: pass {', '.join(LOADERS)}.")
     elif texts := sorted(path.glob("*/*.txt")):

@@ -117,10 +117,11 @@ class EpochOfMasks(TrainerCallback):
     """Tells a collator the epoch, before its first batch is made, in any Trainer.
 
     Every epoch then has other masks, and an interrupted run goes on with the ones it would have had. `ElectraTrainer`
-    does it by itself.
+    does it by itself. Of data without a length (a stream) this holds within the first pass: after a later one Trainer
+    itself goes on elsewhere, because it counts all steps as those of one epoch.
 
     Args:
-        collator: has `set_epoch`, as `DataCollatorForReplacedTokenDetection`.
+        collator: has `set_epoch`, as `DataCollatorForReplacedTokenDetection`, or any other object that has.
     """
 
     def __init__(self, collator: Any) -> None:

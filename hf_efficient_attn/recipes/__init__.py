@@ -6,9 +6,9 @@ figures and curves. Plain functions around transformers' Trainer; use what fits.
 
 from .models import make_model
 from .options import RecipeParser, count, errors_in_one_line, positive, share
-from .rows import CollatorOfSides, continue_texts, cut_texts, pack
+from .rows import CollatorOfSides, continue_texts, cut_texts, pack, padding_step
 from .scores import answer_scores, best_labels, label_f1, token_figures, token_sums
-from .sides import check_columns, column_names, limit_sides, load_tokenizer, read_sides, read_texts
+from .sides import check_columns, column_names, labels_like, limit_sides, load_tokenizer, read_sides, read_texts
 from .training import checkpoint_to_resume, rows_of, train_and_save, training_arguments
 
 
@@ -25,10 +25,12 @@ __all__ = [
     "cut_texts",
     "errors_in_one_line",
     "label_f1",
+    "labels_like",
     "limit_sides",
     "load_tokenizer",
     "make_model",
     "pack",
+    "padding_step",
     "positive",
     "read_sides",
     "read_texts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, NoReturn
 
 from hf_efficient_attn import FAMILIES
 
+from .folder import checkpoint_folders
 
-CHECKPOINTS = "checkpoint-*"
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -20,6 +22,8 @@ def positive(text: str) -> float:
     number = float(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if number == math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
 
 
@@ -102,7 +106,7 @@ class RecipeParser(argparse.ArgumentParser):
         data.add_argument("--max-train-examples", type=count, help="use only so many rows, for a trial")
         data.add_argument("--max-eval-examples", type=count, help="default: all, of a stream 500")
         if streaming:
-            data.add_argument("--streaming", action="store_true", help="read --dataset while training on it")
+            data.add_argument("--streaming", action="store_true", help="read --dataset while training; --resume is exact in the first pass")
 
         self.model = model = self.add_argument_group("model")
         model.add_argument("--model", help="folder or Hub name to start from; default: a new small one")
@@ -149,6 +153,8 @@ class RecipeParser(argparse.ArgumentParser):
     def parse_args(self, *given: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
         """As in argparse, and checked: nothing of an earlier run is overwritten unasked."""
         args = super().parse_args(*given, **options)
+        if args.epochs is not None and args.max_steps is not None:
+            self.error("--epochs and --max-steps both say how long to train: give one of them")
         if args.epochs is None and args.max_steps is None:
             args.epochs, args.max_steps = self._length["epochs"], self._length["max_steps"]
         if args.learning_rate is None:
@@ -167,9 +173,21 @@ class RecipeParser(argparse.ArgumentParser):
             self.error(f"--output-dir: {folder} is a file: name a folder")
         if args.resume and args.overwrite:
             self.error("--resume goes on and --overwrite begins anew: give one of them")
-        if args.model is not None and folder.exists() and Path(args.model).exists() and folder.samefile(args.model):
-            self.error(f"--output-dir and --model are both {folder}: name another folder, to keep the model")
-        earlier = [*folder.glob(CHECKPOINTS), *(folder / name for name in WEIGHTS if (folder / name).exists())]
+        for name in ("model", "generator", "tokenizer"):
+            source = Path(getattr(args, name, None) or "")
+            if getattr(args, name, None) is None or not source.exists() or not folder.exists():
+                continue
+            if folder.samefile(source):
+                self.error(f"--output-dir and --{name} are both {folder}: name another folder, to keep the {name}")
+            if args.overwrite and source.resolve().is_relative_to(folder.resolve()):
+                self.error(
+                    f"--{name} {source} lies in --output-dir {folder}, where --overwrite begins anew: name another "
+                    f"--output-dir, to keep the {name}"
+                )
+        known = checkpoint_folders(folder)
+        if others := [path for path in sorted(folder.glob("checkpoint-*")) if path.is_dir() and path not in known]:
+            self.error(f"{others[0]} is no checkpoint of Trainer, which would remove it as an old one: rename it")
+        earlier = [*known, *(folder / name for name in WEIGHTS if (folder / name).exists())]
         if earlier and not (args.resume or args.overwrite):
             self.error(
                 f"{folder} holds {earlier[0].name} of an earlier run: give --resume to go on, another --output-dir, or "

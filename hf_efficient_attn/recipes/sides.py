@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,16 @@ def column_names(side: Side) -> list[str]:
     return list(next(iter(side)))
 
 
-def check_columns(sides: Iterable[Side], columns: dict[str, str], kind: type | None = str) -> None:
-    """Check that each side has these columns, without gaps and with values of one type.
+def check_columns(
+    sides: Iterable[Side], columns: dict[str, str], kind: type | None = str, *, gaps: bool = False
+) -> None:
+    """Check that each side has these columns, without gaps (in lists too) and with values of one type.
 
     Args:
         sides: training and evaluation side. Of a stream only the names are looked at.
         columns: option that names a column -> its name.
         kind: the values' type; None for any.
+        gaps: whether a row may have nothing there.
 
     Raises:
         ValueError: a column that is missing or has such a row; the message names the option.
@@ -110,13 +113,37 @@ def check_columns(sides: Iterable[Side], columns: dict[str, str], kind: type | N
             if isinstance(side, IterableDataset):
                 continue
             values = side[column]
-            if empty := sum(value is None for value in values):
+            if not gaps and (empty := sum(value is None for value in values)):
                 raise ValueError(f"column {column!r} is empty in {empty} rows of the {name} side: remove them.")
             if kind is not None and not all(isinstance(value, kind) for value in values):
                 raise ValueError(
                     f"column {column!r} of the {name} side has rows that are no {kind.__name__}: remove them, or name "
                     f"another column with {option}."
                 )
+            if kind is list and (holed := sum(None in value for value in values)):
+                raise ValueError(
+                    f"column {column!r} has lists with gaps (null) in {holed} rows of the {name} side: remove them."
+                )
+
+
+def labels_like(given: Sequence[str], values: Iterable[Any], column: str) -> list[Any]:
+    """The labels of `--labels` as the data has them: whole numbers where `values` are such.
+
+    Raises:
+        ValueError: values that are neither strings nor whole numbers, or labels that are no numbers where these are.
+    """
+    kinds = {type(value) for value in values}
+    if kinds <= {str}:
+        return list(given)
+    if kinds != {int}:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"column {column!r} has to hold strings or whole numbers, but it holds {found}.")
+    try:
+        return [int(label) for label in given]
+    except ValueError:
+        raise ValueError(
+            f"--labels {' '.join(given)}: column {column!r} holds whole numbers: give those, all of them."
+        ) from None
 
 
 def load_tokenizer(source: str | Path | None, make: Callable[[], Any]) -> PreTrainedTokenizerBase:

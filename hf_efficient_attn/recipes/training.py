@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_efficient_attn import last_complete_checkpoint
 
 from .curves import save_curves
-from .options import CHECKPOINTS
+from .folder import BestOfFolder, RemoveEarlierRun
 from .order import OrderByEpoch
 
 
@@ -27,6 +26,8 @@ def checkpoint_to_resume(args: argparse.Namespace, model: PreTrainedModel | None
     """With `--resume` the last complete checkpoint in `--output-dir`, else None.
 
     Called before the data is read, for the tokenizer in it, and again with the model, which has to be the checkpoint's.
+    The run ends with the same weights as without the break; on a stream that was read to its end and begun again,
+    Trainer goes on with other rows.
 
     Raises:
         ValueError: there is none, or it is of another model.
@@ -36,8 +37,8 @@ def checkpoint_to_resume(args: argparse.Namespace, model: PreTrainedModel | None
     last = last_complete_checkpoint(args.output_dir, model=model)
     if last is None:
         raise ValueError(
-            f"{args.output_dir} holds no checkpoint to go on from that is complete: leave --resume out, or name the "
-            "folder of a run with --output-dir."
+            f"{args.output_dir} holds no checkpoint to go on from that is complete: leave --resume out (with "
+            "--overwrite, if the folder holds anything of a run), or name the folder of another run with --output-dir."
         )
     return last
 
@@ -119,9 +120,9 @@ def train_and_save(
         other any more then: what follows is for the first one.
     """
     folder = Path(args.output_dir)
-    if args.overwrite and trainer.is_world_process_zero():
-        for old in folder.glob(CHECKPOINTS):
-            shutil.rmtree(old)
+    if args.overwrite:
+        trainer.add_callback(RemoveEarlierRun(folder))
+    trainer.add_callback(BestOfFolder())
     trainer.add_callback(OrderByEpoch())
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
