@@ -106,7 +106,8 @@ class RecipeParser(argparse.ArgumentParser):
         data.add_argument("--max-train-examples", type=count, help="use only so many rows, for a trial")
         data.add_argument("--max-eval-examples", type=count, help="default: all, of a stream 500")
         if streaming:
-            data.add_argument("--streaming", action="store_true", help="read --dataset while training; --resume is exact in the first pass")
+            exact = "read --dataset while training; --resume is exact within its first pass"
+            data.add_argument("--streaming", action="store_true", help=exact)
 
         self.model = model = self.add_argument_group("model")
         model.add_argument("--model", help="folder or Hub name to start from; default: a new small one")
