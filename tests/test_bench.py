@@ -400,10 +400,13 @@ def test_every_target_of_a_study_gets_its_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "longformer"])
 def test_every_study_runs(name: str, tmp_path: Path) -> None:
-    result = run_script(name, tmp_path, "--quick", "--lengths", "128,256", "--repeats", "1", "--out", "r.csv")
+    """One case a kind: lengths and modes are the same code in all, which the Longformer benchmark runs."""
+    options = "--quick --lengths 128 --modes forward --repeats 1 --out r.csv".split()
+    result = run_script(name, tmp_path, *options)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
-    assert len(rows) == 4 * len(script(name).STUDY.kinds) and {row["status"] for row in rows} == {"ok"}
+    assert [row["kind"] for row in rows] == list(script(name).STUDY.kinds)
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def test_the_window_benchmark_multiplies_what_it_says(tmp_path: Path) -> None:
