@@ -103,7 +103,8 @@ class Folder:
 
     @classmethod
     def of(cls, path: Path, config: PreTrainedConfig, model: Any = None) -> "Folder | None":
-        """The folder at `path`; None where there is no model, such as with adapter weights alone.
+        """The folder at `path`; None where there is no model, such as with adapter weights alone, or one of a family
+        that is not the package's.
 
         Args:
             path: the folder.
@@ -111,7 +112,7 @@ class Folder:
             model: the model that was saved there, where it is at hand.
         """
         file = path / "config.json"
-        if not file.is_file():
+        if not file.is_file() or config.model_type not in (*FAMILIES, *COMPOSITES):
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
         architecture = next(iter(listed(found.get("architectures"))), type(config).__name__)

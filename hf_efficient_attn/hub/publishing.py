@@ -118,7 +118,10 @@ class HubPublisher:
         _take_down(model, card, None)
         fresh = _card_of(model, Path(folder), None, [_earlier(model)])
         if fresh is None:
-            raise ValueError(f"there is no config.json in {os.fspath(folder)!r}; save the model there first.")
+            raise ValueError(
+                f"there is no config.json of a family of the package in {os.fspath(folder)!r}; save such a model there "
+                "first."
+            )
         write_card_file(Path(folder), fresh)
 
 
@@ -193,7 +196,7 @@ def _with_remote(earlier: list[Earlier], remote: Remote | None, model: Any) -> l
 
 
 def _card_of(model: Any, path: Path, repo_id: str | None, earlier: list[Earlier]) -> Card | None:
-    """The card of a model that was saved at `path`; None where no config was, as with adapter weights alone."""
+    """The card of a model that was saved at `path`; None where there can be none, see `Folder.of`."""
     folder = Folder.of(path, model.config, model)
     if folder is None:
         return None
