@@ -58,11 +58,7 @@ class LongformerOptions:
             raise ValueError(f"causal_global = {self.causal_global!r}: choose 'prefix' or None.")
         for layer in range(num_layers):
             window = self.window_of(layer)
-            if window <= 0 or window % 2 != 0:
-                raise ValueError(
-                    f"attention_window = {window} (layer {layer}): the total width must be a positive even number, "
-                    f"half of it on each side; use {max(2, window + 1)}."
-                )
+            check_window(window, f" (layer {layer})")
             dilation = self.dilation_of(layer)
             if isinstance(dilation, list) and len(dilation) != num_heads:
                 raise ValueError(
@@ -79,6 +75,15 @@ class LongformerOptions:
     def dilation_of(self, layer: int) -> int | list[int]:
         """Dilation of `layer`, one number or one a head."""
         return self.attention_dilation[layer] if isinstance(self.attention_dilation, list) else self.attention_dilation
+
+
+def check_window(window: int, where: str = "") -> None:
+    """Raises `ValueError` for a total width that no window has; `where` stands behind it in the message."""
+    if window <= 0 or window % 2 != 0:
+        raise ValueError(
+            f"attention_window = {window}{where}: the total width must be a positive even number, half of it on each "
+            f"side; use {max(2, window + 1)}."
+        )
 
 
 class LongformerSelfAttention(SelfAttention):

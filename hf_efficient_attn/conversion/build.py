@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..auto import FAMILIES
 from .configs import bert_shaped_config, own_config, refuse_what_is_no_encoder
 from .images import image_config, image_state
-from .names import common_name, family_names, our_suffix
+from .names import base_prefix, common_name, family_names, our_suffix
 from .positions import resize_table
 from .sources import Source
 from .table import OWN
@@ -97,7 +97,7 @@ def _fill_text(
         notes.append(f"positions for {old:,} -> {rows:,} tokens ({how})")
         _resize(config, state, rows, positions)
     model = getattr(FAMILIES[to].module("modeling"), f"Eff{FAMILIES[to].name}{suffix}")(config)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = base_prefix(model)
     names = list(model.state_dict())
     common = {x: x.removeprefix(prefix) for x in names} if is_own else family_names(to, suffix, prefix, names)
     return Built(model, fill(model, common, state), notes, keeps)
@@ -143,7 +143,7 @@ def _build_images(source: Source, positions: Positions, options: dict[str, Any])
     config = image_config(source.model.config, options)
     state = image_state(source.model.config, source.prefix, source.model.state_dict())
     model = getattr(FAMILIES["eff_vit"].module("modeling"), f"EffViT{suffix}")(config)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = base_prefix(model)
     filled = fill(model, {name: name.removeprefix(prefix) for name in model.state_dict()}, state)
     notes = []
     if source.model_type == "deit":

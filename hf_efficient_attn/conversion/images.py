@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..encoder.vision_configuration import pair
 from ..models.eff_vit.modeling_eff_vit import published_name
 from .configs import config_class_of, own_config
 
@@ -33,8 +34,7 @@ def image_state(source: Any, prefix: str, state: dict[str, Tensor]) -> dict[str,
 
 def sample_images(config: Any, device: torch.device) -> dict[str, Tensor]:
     """The arguments for two images of noise, of the native size."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(config.image_size)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
     return {"pixel_values": pixels.to(device)}

@@ -5,6 +5,7 @@ Common names are BERT's for the body. A head has parts: `dense`, `norm` and `dec
 """
 
 import re
+from typing import Any
 
 from .table import OWN
 
@@ -20,6 +21,12 @@ TASKS = {
     "ForMultipleChoice": "ForMultipleChoice",
 }
 DETECTOR = "ForReplacedTokenDetection"
+
+
+def base_prefix(model: Any) -> str:
+    """What stands before the base model's weights in the state of `model`; nothing in a base model's own."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
 
 _DISTILBERT_BODY = {
     r"^transformer\.layer\.": "encoder.layer.",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..models.eff_vit.modeling_eff_vit import published_name
+from .names import base_prefix
 from .sources import Source
 
 
@@ -234,8 +235,7 @@ def _state(source: Source, to: str, config: Any) -> tuple[dict[str, Tensor], dic
 @torch.no_grad()
 def _load(model: PreTrainedModel, state: dict[str, Tensor], new: dict[str, str]) -> tuple[int, dict[str, str]]:
     """Copy the weights in; raises `ValueError` for names or shapes that do not fit."""
-    is_base = model.base_model is model
-    prefix = "" if is_base else f"{model.base_model_prefix}."
+    prefix = base_prefix(model)
     names = {name: name.removeprefix(prefix) for name in model.state_dict()}
     if model.config.model_type == "vit":
         names = {name: published_name(body) for name, body in names.items()}
@@ -246,7 +246,7 @@ def _load(model: PreTrainedModel, state: dict[str, Tensor], new: dict[str, str])
         value = state.get(names[name])
         if value is None or value.shape != tensor.shape:
             # A pooler that a head has there and never reads.
-            if names[name].startswith("pooler.") and not is_base:
+            if names[name].startswith("pooler.") and prefix:
                 tensor.zero_()
                 new[name] = "zeros: this head does not read the pooler"
             else:

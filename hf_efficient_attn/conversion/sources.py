@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import public_names, register_models
+from .names import base_prefix
 from .table import FAMILY_NAMES, find_row
 
 
@@ -51,8 +52,7 @@ class Source:
     @property
     def prefix(self) -> str:
         """What stands before the base model's weights in its state."""
-        is_base = self.model.base_model is self.model
-        return "" if is_base else f"{self.model.base_model_prefix}."
+        return base_prefix(self.model)
 
     def copy_in_float32(self) -> PreTrainedModel:
         """A model to measure with: its own state in float32, in evaluation; never the caller's object."""

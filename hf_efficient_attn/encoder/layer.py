@@ -12,7 +12,7 @@ from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_p
 from .activations import activation, head_activation
 from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
 from .configuration import EffConfig, EffEncoderConfig
-from .packing import Documents
+from .packing import Documents, attend
 
 
 AttentionFactory = Callable[[EffConfig, int], nn.Module]
@@ -97,15 +97,9 @@ class AttentionBlock(Recorded):
         documents: Documents | None = None,
         **context: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them.
-
-        With `documents`, which have a mask and a context of their own, attention is within each of them.
-        """
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
         given = self.output.normed_input(hidden_states)
-        if documents is None:
-            mixed, weights = self.self(given, key_padding_mask, **context)
-        else:
-            mixed, weights = documents.attend(self.self, given)
+        mixed, weights = attend(self.self, given, key_padding_mask, documents, context)
         into = mixed if can_overwrite(mixed, self.self, hidden_states) else None
         chunk = inference_chunk(mixed, self.output)
         return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights

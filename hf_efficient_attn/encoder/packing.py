@@ -123,6 +123,23 @@ def _places(groups: list[Group], shape: tuple[int, int]) -> Tensor:
     return place[:-1].view(shape)
 
 
+def attend(
+    attention: Callable[..., Any],
+    states: Tensor,
+    key_padding_mask: Tensor | None,
+    documents: Documents | None,
+    context: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """`attention`, a mechanism, over rows of one text, or within the `documents` of packed ones.
+
+    Documents have a mask and a context of their own; of `context` only `replay` is for them. `states` are
+    `[batch, length, hidden]`, the result as in `Documents.attend`.
+    """
+    if documents is None:
+        return attention(states, key_padding_mask, **context)
+    return documents.attend(attention, states, context.get("replay"))
+
+
 def first_tokens(document_ids: Tensor) -> Tensor:
     """Where documents begin: bool, of the shape `[batch, length]` of `document_ids`."""
     before = torch.nn.functional.pad(document_ids, (1, 0))[:, :-1]

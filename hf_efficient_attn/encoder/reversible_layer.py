@@ -11,7 +11,7 @@ from .activations import activation
 from .chunks import in_chunks
 from .configuration import EffEncoderConfig
 from .layer import AttentionFactory, Recorded, dropped
-from .packing import Documents
+from .packing import Documents, attend
 from .reversible import ReversibleTape, reversible_step
 
 
@@ -45,15 +45,9 @@ class ReversibleAttention(Recorded):
         documents: Documents | None = None,
         **context: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them.
-
-        With `documents`, which have a mask and a context of their own, attention is within each of them.
-        """
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
         normed = self.layer_norm(hidden_states)
-        if documents is None:
-            mixed, weights = self.self_attention(normed, key_padding_mask, **context)
-        else:
-            mixed, weights = documents.attend(self.self_attention, normed, context.get("replay"))
+        mixed, weights = attend(self.self_attention, normed, key_padding_mask, documents, context)
         return self.output(mixed), weights
 
 

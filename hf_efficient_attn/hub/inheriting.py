@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,15 @@ def merged(*said: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_of(folder: Path) -> dict[str, str]:
     """File -> SHA-256 of the weights in a folder."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    files = ((path.resolve(), path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
+    return {name: _digest(path, found.st_mtime_ns, found.st_size) for path, name, found in files}
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, time: int, size: int) -> str:
+    """SHA-256 of a file. Kept, because a run asks for that of the model it started from at every checkpoint."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _figures(training: str, results: Any) -> dict[str, Any]:

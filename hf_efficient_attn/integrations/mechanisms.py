@@ -74,7 +74,7 @@ class Mechanism:
 
     Args:
         attend: the formula's result `[batch, heads, queries, head_dim]` for a call and its options.
-        options_class: dataclass of options with a `check`, a method's name.
+        options_class: dataclass of options.
         check: what checks them.
         without: fields that mean nothing here, with the values they get.
         defaults: other defaults than the class has.

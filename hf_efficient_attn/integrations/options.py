@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..attention.longformer import check_window
 from ..attention.neighborhood import NeighborhoodOptions
+from ..encoder.vision_configuration import pair
 
 
 FIELD = "efficient_attention"
@@ -31,11 +33,7 @@ class SlidingWindowOptions:
     def check_options(self) -> None:
         """Raises `ValueError` for a value that breaks a rule."""
         for window in self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]:
-            if window <= 0 or window % 2 != 0:
-                raise ValueError(
-                    f"attention_window = {window}: the total width must be a positive even number, half of it on each "
-                    f"side; use {max(2, window + 1)}."
-                )
+            check_window(window)
         if self.attention_dilation < 1:
             raise ValueError(f"attention_dilation = {self.attention_dilation}: it must be 1 (no gaps) or more.")
         if self.num_global_tokens < 0:
@@ -81,8 +79,7 @@ class NeighborhoodInsideOptions(NeighborhoodOptions):
                     f"eff:neighborhood needs tokens in rows and columns, and a {type(config).__name__} has no "
                     "image_size and patch_size; choose 'sliding_window', or give grid=[rows, columns]."
                 )
-            sizes = [[x, x] if isinstance(x, int) else list(x) for x in sizes]
-            grid = [image // patch for image, patch in zip(*sizes, strict=True)]
+            grid = [image // patch for image, patch in zip(*map(pair, sizes), strict=True)]
         rows, columns = grid
         if length < rows * columns:
             raise ValueError(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..encoder.vision_configuration import pair
+
 
 # While a model is probed: the modules that have called so far.
 _probing: list[nn.Module] | None = None
@@ -83,8 +85,9 @@ def _tiny_input(model: PreTrainedModel) -> dict[str, Tensor] | None:
     if model.main_input_name == "pixel_values":
         sizes = [getattr(model.config, name, None) for name in ("image_size", "num_channels")]
         if None not in sizes:
-            size = [sizes[0]] * 2 if isinstance(sizes[0], int) else list(sizes[0])
-            return {"pixel_values": torch.zeros(1, sizes[1], *size, device=parameter.device, dtype=model.dtype)}
+            return {
+                "pixel_values": torch.zeros(1, sizes[1], *pair(sizes[0]), device=parameter.device, dtype=model.dtype)
+            }
     return None
 
 
