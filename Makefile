@@ -37,7 +37,7 @@ demo: $(STAMP) ## run the demo
 	@$(BIN)/hf-efficient-attn demo $(DEMO_ARGS)
 
 test: $(STAMP) ## run every test
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # Looks at the version on every run: a venv that something else was installed into would test another one in silence.
 test-floor: $(FLOOR_STAMP) ## run every test on the oldest supported transformers
@@ -47,7 +47,7 @@ test-floor: $(FLOOR_STAMP) ## run every test on the oldest supported transformer
 		exit 1; \
 	}; \
 	echo "Testing with transformers $$version."
-	@$(TEST_ENV) $(FLOOR_BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@$(TEST_ENV) $(FLOOR_BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 dist: $(STAMP) ## build sdist and wheel into dist, and try the wheel in a clean venv
 	@$(BIN)/python tests/check_dist.py

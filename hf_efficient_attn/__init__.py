@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         EffViTModel,
         EffViTPreTrainedModel,
     )
+    from .onnx.export import OnnxExport, export_onnx
     from .optimization import layerwise_parameter_groups
     from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
     from .pretraining.masking import DataCollatorForReplacedTokenDetection
@@ -120,12 +121,14 @@ _OTHER_NAMES = {
     "ElectraTrainer": ".pretraining.trainer",
     "EpochOfMasks": ".pretraining.trainer",
     "ModelCardCallback": ".callbacks",
+    "OnnxExport": ".onnx.export",
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
     "byte_tokenizer": ".tokenization",
     "checkpoint_problems": ".checkpoints",
     "convert": ".conversion",
+    "export_onnx": ".onnx.export",
     "last_complete_checkpoint": ".checkpoints",
     "layerwise_parameter_groups": ".optimization",
     "use_efficient_attention": ".integrations.helper",

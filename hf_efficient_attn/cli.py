@@ -135,13 +135,36 @@ def export(
     push_to: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub.")
     ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX program, onnx/model.onnx, instead.")] = False,
+    more_inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="With --onnx: one more input, as global_attention_mask; repeatable."),
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="With --onnx: the operator set, 18 or later.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="With --onnx: how far outputs may differ; 1e-4.")] = None,
 ) -> None:
     """Add the model's code to its folder, as one file, so that it loads where this package is not installed.
 
     There it loads with trust_remote_code=True, and where the package is imported in the package's own classes.
     Weights and all other files stay as they are. Exporting again changes nothing.
+
+    With --onnx write an ONNX program instead, for runtimes without PyTorch: dynamic batch and length, compared with the
+    model in onnxruntime before it is there. Needs the extra: pip install "hf_efficient_attn[onnx]".
     """
     with _one_line_errors(OSError):  # those of the Hub, of a network that is not there and of the disk are such
+        given = {"more_inputs": more_inputs, "opset": opset, "tolerance": tolerance}
+        given = {name: value for name, value in given.items() if value is not None}
+        if onnx:
+            if push_to is not None:
+                raise ValueError(
+                    "--onnx with --push-to: first export --onnx, then export --push-to, which uploads the program too."
+                )
+            from .onnx.export import export_onnx
+
+            typer.echo(f"onnx  {export_onnx(folder, **given)}")
+            return
+        if given:
+            raise ValueError(f"--{next(iter(given)).replace('more_inputs', 'input')} is an option of --onnx; add that.")
         from .hub.exporting import export_folder, push_folder
 
         code = export_folder(folder)

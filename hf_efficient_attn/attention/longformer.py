@@ -147,6 +147,11 @@ class LongformerSelfAttention(SelfAttention):
         """
         batch, length, _ = hidden_states.shape
         if global_tokens is None:
+            if past_key_values is None and not torch.is_grad_enabled():
+                mixed, weights = self._windows(
+                    query, key, value, key_padding_mask, None, length, dropout_p, backend, block_masks
+                )
+                return self.merge(mixed), weights
             # No slots: the global projections still take part, with nothing to project, so their gradient is 0.
             nowhere = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
             global_tokens = select_tokens(nowhere, 0)
@@ -163,19 +168,36 @@ class LongformerSelfAttention(SelfAttention):
             rows, row_weights = self._causal_rows(global_query, prefix, columns, dropout_p)
         else:
             rows, row_weights = self._global_rows(global_query, hidden_states, key_padding_mask, dropout_p)
-        weights = None
+        mixed, weights = self._windows(
+            query, key, value, key_padding_mask, columns, length, dropout_p, backend, block_masks
+        )
+        if weights is not None:
+            weights = replace_tokens(weights, row_weights, global_tokens)
+        return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
+
+    def _windows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        columns: TokenSlots | None,
+        length: int,
+        dropout_p: float,
+        backend: str,
+        block_masks: "dict[str, BlockMask] | None",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to windows and `columns`: `[batch, heads, length, head_dim]`, and from eager the weights."""
+        options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
         if backend == "eager":
             allowed = sliding_window_allowed(key, key_padding_mask, columns, queries=length, **self.window)
-            mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
-            weights = replace_tokens(weights, row_weights, global_tokens)
-        elif backend == "flex_attention":
+            return dense_attention(query, key, value, allowed, dropout_p=dropout_p)
+        if backend == "flex_attention":
             block_mask = None if block_masks is None else block_masks[repr(self.window)]
-            options = {"dropout_p": dropout_p, "global_tokens": columns, "block_mask": block_mask, **self.window}
-            mixed = flex_sliding_window_attention(query, key, value, key_padding_mask, **options)
-        else:
-            options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
-            mixed = sliding_window_attention(query, key, value, key_padding_mask, **options)
-        return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
+            return flex_sliding_window_attention(
+                query, key, value, key_padding_mask, block_mask=block_mask, **options
+            ), None
+        return sliding_window_attention(query, key, value, key_padding_mask, **options), None
 
     def _global_rows(
         self, query: Tensor, hidden_states: Tensor, key_padding_mask: Tensor | None, dropout_p: float

@@ -3,10 +3,10 @@
 Each case runs in a process of its own; see `run_cases`.
 """
 
+from ..extras import require_extras
 from .agreement import check_outputs, output_difference
 from .cases import DTYPES, MODES, Bounds, Case, ModelSize, Result, make_cases
 from .environment import environment_line
-from .extras import require_extras
 from .kinds import KINDS, Kind
 from .measure import run_cases
 from .memory import GIB, MIB, available_bytes

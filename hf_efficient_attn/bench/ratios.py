@@ -50,22 +50,24 @@ class Comparison:
 def ratio_lines(results: Sequence[Result], comparisons: Iterable[Comparison], *, targets: bool = True) -> list[str]:
     """One line a ratio, of medians, with the target and whether it is met; none for what was not measured.
 
-    A kind with global tokens is compared once for each choice of them, with the same choice where the other has it.
-    Times of one length also give the range of the ratio over the turns, in which both ran one after the other.
+    A line begins with the kind where several are compared. One with global tokens is compared once for each choice of
+    them, with the same choice where the other has it. Times of one length also give the range of the ratio over the turns, in which both ran one after the other.
 
     Args:
         results: of one run and one model size.
         comparisons: the ratios to form.
         targets: also say what they should be.
     """
-    lines = []
+    lines, comparisons = [], list(comparisons)
+    several = len({comparison.kind for comparison in comparisons}) > 1
     for comparison in comparisons:
         for mine in _find(results, comparison.kind, comparison.mode, comparison.length):
             chosen = mine.case.global_tokens
             others = _find(results, comparison.other, comparison.mode, comparison.other_length or comparison.length)
             has_choice = KINDS[comparison.other].global_tokens
             for other in (o for o in others if not has_choice or o.case.global_tokens == chosen):
-                lines.append(_line(comparison, mine, other, targets))
+                whose = f"{comparison.kind}, " if several else ""
+                lines.append(whose + _line(comparison, mine, other, targets))
     return lines
 
 

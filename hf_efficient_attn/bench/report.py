@@ -119,7 +119,7 @@ def plot(results: Sequence[Result], path: str | Path, title: str = "") -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    from .extras import require_extras
+    from ..extras import require_extras
 
     require_extras("matplotlib")
     # Not through pyplot: that would choose a backend for the whole program.

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..extras import require_extras
 from .agreement import check_outputs
 from .cases import MODES, Bounds, Case, ModelSize, Result, make_cases
 from .environment import environment_line
-from .extras import require_extras
 from .kinds import KINDS
 from .measure import run_cases
 from .memory import MIB
@@ -154,5 +154,8 @@ def _ratio_section(study: Study, results: Sequence[Result], targets: bool) -> li
     lines = ratio_lines(results, study.targets, targets=targets)
     if not lines:
         return [f"No ratio: nothing that the targets speak of was measured ({ours} and another at 4,096 tokens)."]
-    heading = f"Ratios of {ours}" + ("" if targets else " (a trial run with a small model, so no targets)")
+    several = len({comparison.kind for comparison in study.targets}) > 1
+    heading = ("Ratios" if several else f"Ratios of {ours}") + (
+        "" if targets else " (a trial run with a small model, so no targets)"
+    )
     return [f"{heading}:", *(f"- {line}" for line in lines)]

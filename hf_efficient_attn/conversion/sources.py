@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from ..auto import public_names, register_models
+from ..auto import register_models
+from ..loading import class_of, load_whole
 from .names import base_prefix
-from .table import FAMILY_NAMES, find_row
+from .table import find_row
 
 
 # Weights that a file may hold besides those of its class: transformers leaves them out as well.
@@ -84,38 +84,6 @@ def open_source(source: Any, to: str, architecture: str | None, **where: Any) ->
     place = str(source)
     config = AutoConfig.from_pretrained(place, **where)
     find_row(config.model_type, to)
-    cls = _class_of(config, architecture)
-    # Otherwise shapes that do not fit raise without their names.
-    how = {"output_loading_info": True, "dtype": "auto", "ignore_mismatched_sizes": True}
-    model, info = cls.from_pretrained(place, **how, **where)
-    extra = sorted(info["unexpected_keys"])
-    wrong = {
-        "missing": sorted(info["missing_keys"]),
-        "unknown": [name for name in extra if not _HARMLESS.search(name)],
-        "of another shape": sorted(str(name) for name in info["mismatched_keys"]),
-    }
-    if any(wrong.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(
-            f"{place} does not hold the weights of a {cls.__name__}, which its config names. {listed}. Nothing was "
-            "converted; give the right architecture, or a model object that is complete."
-        )
-    return Source(model, True, place, tuple(extra))
-
-
-def _class_of(config: Any, architecture: str | None) -> type[PreTrainedModel]:
-    """The class of transformers or of ours that a config names."""
-    names = [architecture] if architecture is not None else list(config.architectures or [])
-    if len(names) != 1:
-        raise ValueError(
-            f"the config names {'no architecture' if not names else ' and '.join(names)}; say which class the weights "
-            "are of, such as architecture='BertForMaskedLM'."
-        )
-    ours = public_names()
-    if config.model_type in FAMILY_NAMES and names[0] in ours:
-        row, kind = ours[names[0]]
-        return getattr(row.module(kind), names[0])
-    cls = getattr(transformers, names[0], None)
-    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel) or cls.config_class is not type(config):
-        raise ValueError(f"architecture {names[0]!r} is no class of transformers for a {config.model_type!r} config.")
-    return cls
+    cls = class_of(config, architecture)
+    model, extra = load_whole(cls, place, _HARMLESS, dtype="auto", **where)
+    return Source(model, True, place, extra)

@@ -1,4 +1,4 @@
-"""Packages that only the demo and the benchmark need."""
+"""Packages that not everybody needs: the optional dependencies."""
 
 from __future__ import annotations
 
