@@ -51,7 +51,8 @@ def ratio_lines(results: Sequence[Result], comparisons: Iterable[Comparison], *,
     """One line a ratio, of medians, with the target and whether it is met; none for what was not measured.
 
     A line begins with the kind where several are compared. One with global tokens is compared once for each choice of
-    them, with the same choice where the other has it. Times of one length also give the range of the ratio over the turns, in which both ran one after the other.
+    them, with the same choice where the other has it. Times of one length also give the range of the ratio over the
+    turns, in which both ran one after the other.
 
     Args:
         results: of one run and one model size.

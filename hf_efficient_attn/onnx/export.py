@@ -75,11 +75,11 @@ def export_onnx(
 
     Inputs are `input_ids` and `attention_mask`, and `token_type_ids` where the model has several types, int64
     `[batch, length]` (`[batch, choices, length]` for multiple choice); of image models `pixel_values`
-    `[batch, channels, height, width]`. Outputs are those of the model. Which tokens are global goes by the config's rule,
-    or by `global_attention_mask`, if asked for as an input; there is room for `config.max_global_tokens` an example.
+    `[batch, channels, height, width]`. Outputs are those of the model. Global tokens go by the config's rule, or by
+    `global_attention_mask`, if asked for as an input; there is room for `config.max_global_tokens` an example.
 
-    A program has no errors to raise: for an input that the model refuses (more tokens than it reads, or more global ones
-    than there is room for) every output is NaN, unless the runtime itself refuses it. It has no cache: a causal one
+    A program has no errors to raise: for an input that the model refuses (more tokens than it reads, or more global
+    ones than there is room for) every output is NaN, unless the runtime itself refuses it. It has no cache: a causal one
     gives the scores of a whole text. Images are from two rows and columns of patches on.
 
     The program is run in onnxruntime beside the model, at two sizes it was not traced at, before it takes its place.
