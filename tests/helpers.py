@@ -74,6 +74,12 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     return cls(**{**{name: value for name, value in options.items() if name in known}, **overrides})
 
 
+def one_layer(family: str) -> dict[str, Any]:
+    """What makes `tiny_config(family)` one of a single layer."""
+    kinds = {"eff_longformer": {"attention_window": 8}, "eff_reformer": {"attn_layers": ["lsh"]}}
+    return {"num_hidden_layers": 1, **kinds.get(family, {})}
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The encoder layers of a model, by whichever of the published names."""
     encoder = model.base_model.encoder

@@ -259,7 +259,9 @@ def test_trainer_reaches_the_weights_that_rows_of_one_text_give(auto: str, inner
     ours = train(packed, data, DataCollatorWithPacking(inner, 64), tmp_path)
     torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(packed.named_parameters(), one_each.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+        # What is added to every key changes no softmax: its gradient is rounding, which AdamW takes for a direction.
+        if not name.endswith(("key.bias", "key_global.bias")):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
     assert (
         sum(float((a - b).detach().abs().max()) > 1e-3 for a, b in zip(packed.parameters(), before, strict=True)) > 10
     )

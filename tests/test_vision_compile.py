@@ -3,11 +3,12 @@
 import pytest
 import torch
 from helpers import random_images
-from test_vision_families import FAMILY, HEADS, MECHANISM, batch_of, build, result_of
+from test_vision_families import FAMILY, HEADS, MECHANISM, batch_of, build, one_layer_of, result_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_efficient_attn.attention import ATTENTIONS
+from hf_efficient_attn.auto import VISION_FAMILIES
 
 
 @pytest.fixture
@@ -26,14 +27,14 @@ class Exported(nn.Module):
         return result_of(self.model, inputs)
 
 
-@FAMILY
-@MECHANISM
-@pytest.mark.parametrize("masked", [False, True])
+# Without a mask: the exported programs below, and one here.
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize(("mechanism", "masked"), [*((name, True) for name in ATTENTIONS), ("softmax", False)])
 @torch.no_grad()
 def test_compiles_as_one_graph_with_dynamic_shapes(
     family: str, mechanism: str, masked: bool, fresh_compiler: None
 ) -> None:
-    function = Exported(build(family, "AutoModel", mechanism))
+    function = Exported(build(family, "AutoModel", mechanism, **one_layer_of(mechanism)))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch, height, width in [(2, 20, 28), (3, 16, 12), (2, 36, 44)]:
         inputs = {"pixel_values": random_images(batch, height, width)}

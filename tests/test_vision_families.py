@@ -42,6 +42,12 @@ def build(family: str, auto: str, mechanism: str = "softmax", **overrides: objec
     return randomise_(model_class(family, auto)(tiny_config(family, **{**options, **overrides})))
 
 
+def one_layer_of(mechanism: str) -> dict[str, object]:
+    """What makes `build(..., mechanism)` a model of a single layer."""
+    one_radius = {"attention_options": {"radius": 2}} if mechanism == "neighborhood" else {}
+    return {"num_hidden_layers": 1, **one_radius}
+
+
 def grid_of(height: int, width: int) -> tuple[int, int]:
     return -(-height // 4), -(-width // 4)
 

@@ -79,8 +79,8 @@ def export_onnx(
     `global_attention_mask`, if asked for as an input; there is room for `config.max_global_tokens` an example.
 
     A program has no errors to raise: for an input that the model refuses (more tokens than it reads, or more global
-    ones than there is room for) every output is NaN, unless the runtime itself refuses it. It has no cache: a causal one
-    gives the scores of a whole text. Images are from two rows and columns of patches on.
+    ones than there is room for) every output is NaN, unless the runtime itself refuses it. It has no cache: a causal
+    one gives the scores of a whole text. Images are from two rows and columns of patches on.
 
     The program is run in onnxruntime beside the model, at two sizes it was not traced at, before it takes its place.
 
