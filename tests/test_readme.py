@@ -31,7 +31,7 @@ SNIPPETS = [
 
 
 # Name on the Hub -> transformers' own class, and what its config has besides the shared fields.
-LONGFORMER = {"attention_window": 16, "max_position_embeddings": 4098}
+LONGFORMER = {"attention_window": 16, "max_position_embeddings": 4098, "type_vocab_size": 1}
 CHECKPOINTS = {
     "allenai/longformer-base-4096": (LongformerForMaskedLM, LONGFORMER),
     "allenai/longformer-large-4096-finetuned-triviaqa": (LongformerForQuestionAnswering, LONGFORMER),
@@ -46,9 +46,10 @@ CHECKPOINTS = {
 }
 
 
-@pytest.fixture
-def published(tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What published checkpoints look like: transformers' own classes, Longformer's table for 4,096 tokens."""
+    tmp_path = tmp_path_factory.mktemp("published")
     tokenizer = tiny_tokenizer(max_length=4096)
     folders = {name: tmp_path / model.__name__ for name, (model, _) in CHECKPOINTS.items()}
     for name, folder in folders.items():
