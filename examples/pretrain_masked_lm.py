@@ -40,7 +40,7 @@ def read_arguments() -> argparse.Namespace:
     parser = recipes.RecipeParser(
         __doc__,
         output_dir="masked-lm",
-        epochs=3,
+        epochs=2,
         batch_size=8,
         learning_rate=2e-3,
         tuned_learning_rate=5e-5,

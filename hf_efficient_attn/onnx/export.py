@@ -5,11 +5,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -204,9 +204,10 @@ def _written(
     from .operators import TRANSLATIONS
 
     with _silence():
-        graph = torch.export.export(program, (example,), dynamic_shapes=(inputs.sizes(),))
+        sizes = inputs.sizes()
+        graph = torch.export.export(program, (example,), dynamic_shapes=(sizes,))
         try:
-            return torch.onnx.export(
+            written = torch.onnx.export(
                 graph,
                 dynamo=True,
                 verbose=False,
@@ -219,6 +220,22 @@ def _written(
             found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(error))
             what = f"no form of {found[1]}" if found else f"not all of it: {str(error).splitlines()[0]}"
             raise ValueError(f"operator set {opset} has for {type(program.model).__name__} {what}.") from error
+    _name_sizes(written, inputs.names, sizes)
+    return written
+
+
+def _name_sizes(program: "ONNXProgram", names: Sequence[str], sizes: Mapping[str, Mapping[int, Any]]) -> None:
+    """Give the dynamic sizes of a program their own names in place of the tracer's."""
+    graph = program.model.graph
+    own = {
+        str(value.shape[axis]): dim.__name__
+        for name, value in zip(names, graph.inputs, strict=True)
+        for axis, dim in sizes[name].items()
+    }
+    for value in (*graph.inputs, *graph.outputs, *(x for node in graph for x in node.outputs)):
+        for axis, size in enumerate(() if value.shape is None else value.shape):
+            if str(size) in own:
+                value.shape[axis] = own[str(size)]
 
 
 @contextmanager
