@@ -157,8 +157,10 @@ class EffBigBirdForQuestionAnswering(ForQuestionAnswering, EffBigBirdPreTrainedM
         is_separator = (input_ids == self.config.sep_token_id) & keep
         first = (rank == 1) & keep
         before = is_separator.long().cumsum(dim=1) - is_separator.long() == 0
-        # Without a separator the question is the first token alone.
-        return torch.where(is_separator.any(dim=1, keepdim=True), before & keep, first), first
+        has_one = is_separator.any(dim=1, keepdim=True)
+        # Without a separator the question is the first token alone. No choice by `where`, which ONNX Runtime has not
+        # for bool.
+        return (has_one & before & keep) | (~has_one & first), first
 
     def token_types(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None
