@@ -266,9 +266,38 @@ def test_a_config_by_hand_is_checked() -> None:
 
 
 def test_a_grid_that_is_not_the_images_raises() -> None:
-    model = MODELS["ViT"].build()
-    with pytest.raises(ValueError, match="grid of 9 x 9 patches, but the input has 37 tokens"):
-        use_efficient_attention(model, "neighborhood", grid=[9, 9])
+    model = use_efficient_attention(MODELS["ViT"].build(), "neighborhood", grid=[9, 9])
+    with pytest.raises(ValueError, match="grid of 9 x 9 patches and 1 before them, but the input has 37 tokens"):
+        model(**MODELS["ViT"].inputs())
     with pytest.raises(ValueError, match="rows and columns of patches, both 1 or more"):
         use_efficient_attention(model, "neighborhood", grid=[0, 9])
     assert set(MECHANISM_NAMES) == set(SMALL)
+
+
+@pytest.mark.parametrize(("model_name", "front"), [("Dinov2", 1), ("Dinov2WithRegisters", 4), ("SiglipVision", 0)])
+@pytest.mark.parametrize("helped", [True, False])
+@torch.no_grad()
+def test_images_of_another_size_have_a_grid_of_their_own(model_name: str, front: int, helped: bool) -> None:
+    """A radius that reaches everything is softmax at the right grid, and the wrong one is refused, never guessed."""
+    fields = SIZES | PIXELS | {"image_size": 24, "num_register_tokens": 3, "mlp_ratio": 2}
+    config = getattr(transformers, f"{model_name}Config")(**fields)
+    model = randomise_(getattr(transformers, f"{model_name}Model")(config))
+    other, options = random_images(1, 32, 16), {"interpolate_pos_encoding": True} if front == 0 else {}
+    right = model(other, **options)[0]
+    grid = {"radius": [7, 3], "grid": [8, 4]}
+    if helped:
+        use_efficient_attention(model, "neighborhood", radius=1)
+    else:
+        setattr(model.config, FIELD, {"neighborhood": {"radius": 1}})
+        model.set_attn_implementation(implementation("neighborhood"))
+    own = model(random_images(1, 24, 24), output_hidden_states=True)
+    assert len(own.hidden_states) == 3
+    before = f" and {front} before them" if front else ""
+    for size, tokens in (((32, 16), 32), ((32, 32), 64)):
+        with pytest.raises(ValueError, match=f"6 x 6 patches{before}, but the input has {tokens + front} tokens.*give"):
+            model(random_images(1, *size), **options)
+    if helped:
+        use_efficient_attention(model, "neighborhood", **grid)
+    else:
+        setattr(model.config, FIELD, {"neighborhood": grid})
+    torch.testing.assert_close(model(other, **options)[0], right, rtol=0, atol=1e-5)

@@ -39,7 +39,8 @@ def use_efficient_attention(model: Model, mechanism: str | None, **options: Any)
             lsh: `lsh_attn_chunk_length`, `lsh_num_chunks_before`, `lsh_num_chunks_after`, `num_hashes`, `num_buckets`,
             `hash_seed`; queries and keys are hashed by the same directions. It is not Reformer, whose queries are its
             keys;
-            neighborhood: `radius`, `grid`.
+            neighborhood: `radius`, `grid`, the rows and columns of patches of images that are not of the config's
+            `image_size`. Another number of patches raises; the same number in another shape cannot be told apart.
 
     Returns:
         `model`, changed in place.

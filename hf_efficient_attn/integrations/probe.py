@@ -16,8 +16,13 @@ _probing: list[nn.Module] | None = None
 
 def note_call(module: nn.Module) -> None:
     """Note that `module` called, if this is a probe."""
-    if not torch.compiler.is_compiling() and _probing is not None:
+    if is_probing():
         _probing.append(module)
+
+
+def is_probing() -> bool:
+    """Whether this call is part of a probe: a tiny text, or an image of the model's own size."""
+    return not torch.compiler.is_dynamo_compiling() and _probing is not None
 
 
 @contextmanager
