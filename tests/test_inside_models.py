@@ -203,6 +203,19 @@ def test_a_model_that_would_ignore_the_choice_raises(model_type: str) -> None:
     assert model.config._attn_implementation == implementation_before
 
 
+def test_a_part_that_would_ignore_the_choice_raises() -> None:
+    """Though another part follows it."""
+    text, vision = transformers.MPNetConfig(**SMALL_TEXT), MODELS["ViT"].config()
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text)
+    model = transformers.VisionTextDualEncoderModel(config)
+    with pytest.raises(ValueError, match="MPNetModel, a part of VisionTextDualEncoderModel, does not call.*MPNetSelf"):
+        use_efficient_attention(model, "nystrom")
+    assert not hasattr(model.vision_model.config, FIELD)
+    text = MODELS["Bert"].config()
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text)
+    use_efficient_attention(transformers.VisionTextDualEncoderModel(config), "nystrom")
+
+
 @pytest.mark.parametrize("model_type", ["Bart", "Marian"])
 def test_models_with_cross_attention_raise(model_type: str) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "vocab_size": 64, "d_kv": 8}

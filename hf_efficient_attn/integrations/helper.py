@@ -98,16 +98,23 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def _check_called(model: PreTrainedModel) -> None:
-    called = calling_modules(model)
-    able = modules_with_the_interface(model)
-    if called or (called is None and able):
-        return
-    ignored = sorted({type(module).__name__ for module in model.modules() if _looks_like_attention(module)})
-    raise ValueError(
-        f"{type(model).__name__} does not call attention through transformers' interface, so the choice would be "
-        f"ignored ({', '.join(ignored) or 'it has no attention layer'}); convert it to a family of this package, or "
-        "choose another model."
-    )
+    """Raises `ValueError` where the model, or a part of it with a config of its own, would ignore the choice."""
+    parts: dict[int, PreTrainedModel] = {}
+    for part in _parts(model):
+        parts.setdefault(id(part.config), part)  # the outermost
+    for part in parts.values():
+        ignored = sorted({type(module).__name__ for module in part.modules() if _looks_like_attention(module)})
+        if part is not model and not ignored:
+            continue  # convolutions and the like
+        called = calling_modules(part)
+        if called or (called is None and modules_with_the_interface(part)):
+            continue
+        whole = "" if part is model else f", a part of {type(model).__name__},"
+        raise ValueError(
+            f"{type(part).__name__}{whole} does not call attention through transformers' interface, so the choice "
+            f"would be ignored ({', '.join(ignored) or 'it has no attention layer'}); convert it to a family of this "
+            "package, or choose another model."
+        )
 
 
 def _looks_like_attention(module: Any) -> bool:
