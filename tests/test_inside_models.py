@@ -216,6 +216,15 @@ def test_a_part_that_would_ignore_the_choice_raises() -> None:
     use_efficient_attention(transformers.VisionTextDualEncoderModel(config), "nystrom")
 
 
+def test_no_random_number_is_drawn() -> None:
+    """ViTMAE's forward pass draws a mask, in evaluation too."""
+    fields = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**SIZES, **PIXELS, **fields))
+    before = torch.get_rng_state()
+    use_efficient_attention(model, "nystrom")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("model_type", ["Bart", "Marian"])
 def test_models_with_cross_attention_raise(model_type: str) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "vocab_size": 64, "d_kv": 8}
