@@ -225,6 +225,17 @@ def test_no_random_number_is_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 32, "patch_size": 2}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [("Swin", SWIN), ("LayoutLM", SMALL_TEXT)])
+def test_a_model_with_a_mask_of_its_own_raises(model_type: str, fields: dict[str, object]) -> None:
+    model = getattr(transformers, f"{model_type}Model")(getattr(transformers, f"{model_type}Config")(**fields))
+    with pytest.raises(ValueError, match=f"{model_type}.*Attention makes a mask or bias of its own, of shape"):
+        use_efficient_attention(model, "nystrom")
+    assert not hasattr(model.config, FIELD)
+
+
 @pytest.mark.parametrize("model_type", ["Bart", "Marian"])
 def test_models_with_cross_attention_raise(model_type: str) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "vocab_size": 64, "d_kv": 8}
