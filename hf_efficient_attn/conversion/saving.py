@@ -40,18 +40,16 @@ def write_folder(path: Path, write: Callable[[Path], None], report: dict[str, An
     target = path.resolve()  # of a link, what it points to
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = work / "new", work / "old"
+    new, old = work / "new" / target.name, work / "old"  # the card says what its folder is called
     try:
-        new.mkdir()
+        new.mkdir(parents=True)
         write(new)
         (new / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        new.rename(target)
     finally:
+        # Also after Ctrl-C. Where what was there cannot be put back, it stays in `work`.
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(work, ignore_errors=True)
