@@ -93,6 +93,7 @@ class ForCausalLM(LanguageModel):
             use_cache=use_cache,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.token_logits(outputs.last_hidden_state[:, kept])

@@ -79,6 +79,7 @@ class ForMaskedLM(LanguageModel):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         logits = self.token_logits(outputs.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
@@ -130,6 +131,7 @@ class ForPreTraining(ForMaskedLM):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         logits = self.token_logits(outputs.last_hidden_state)
         relationship = self._head.seq_relationship(outputs.pooler_output)
@@ -182,6 +184,7 @@ class ForReplacedTokenDetection(TaskModel):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         logits = self.discriminator_predictions(outputs.last_hidden_state)
         loss = None
