@@ -117,6 +117,21 @@ def test_heads_and_towers_count_their_own_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**inputs).logits_per_text, after.logits_per_text, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_model_that_pools_padding_gives_something_else() -> None:
+    """As README says; without a mask, or without padding, it is the model itself."""
+    config = transformers.SiglipTextConfig(**SIZES, vocab_size=64, eos_token_id=2, bos_token_id=1)
+    model = randomise_(transformers.SiglipTextModel(config))
+    ids, mask = random_ids(1, 12), torch.tensor([[1] * 7 + [0] * 5])
+    calls = {"padded": (ids, mask), "no mask": (ids, None), "alone": (ids[:, :7], torch.ones(1, 7))}
+    right = {name: model(ids, mask) for name, (ids, mask) in calls.items()}
+    use_efficient_attention(model, "nystrom")
+    ours = {name: model(ids, mask) for name, (ids, mask) in calls.items()}
+    distance = {name: (ours[name].pooler_output - right[name].pooler_output).abs().max() for name in calls}
+    assert distance["padded"] > 1e-2 and max(distance["no mask"], distance["alone"]) < 1e-5
+    torch.testing.assert_close(ours["padded"][0][:, :7], right["padded"][0][:, :7], rtol=0, atol=1e-5)
+
+
 def test_a_projection_that_inference_drew_serves_training() -> None:
     model = use_efficient_attention(MODELS["Bert"].build(), "performer", num_features=17, projection_seed=123)
     inputs = MODELS["Bert"].inputs()

@@ -25,6 +25,10 @@ def use_efficient_attention(model: Model, mechanism: str | None, **options: Any)
     choice of attention, so load with `attn_implementation="eff:<mechanism>"`. Layers that have a sliding window of
     their own keep it (ModernBERT's local layers).
 
+    At padded places attention gives 0s, not what the model itself has there. No valid token sees them, but a model
+    that pools a place by its number, padded or not, gives something else for a padded text: SigLIP's text model pools
+    the last one. Give those texts without padding, or as they were trained, with no attention_mask.
+
     Args:
         model: a model whose attention goes through transformers' interface (BERT, RoBERTa, ELECTRA, DistilBERT,
             ModernBERT, ViT, DINOv2, SigLIP, Llama, Mistral, Qwen and many others).
