@@ -1,9 +1,12 @@
 """Models whose every weight comes from where they are loaded."""
 
 import re
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .auto import FAMILIES, public_names
@@ -21,10 +24,21 @@ def load_whole(
         where: what else `from_pretrained` takes.
 
     Raises:
-        ValueError: weights that are missing, unknown or of another shape, by name.
+        ValueError: weights that are missing, unknown or of another shape, by name; a file of a folder that is missing
+            or broken.
     """
-    # Otherwise shapes that do not fit raise without their names.
-    model, info = cls.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **where)
+    try:
+        # Otherwise shapes that do not fit raise without their names.
+        model, info = cls.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **where)
+    except FileNotFoundError as error:
+        lost = error.filename or error
+        raise ValueError(f"{place} does not hold all files of its weights: {lost} is not there.") from error
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"{place}: {_broken_file(place)} is broken or cut off ({error}).") from error
+    except OSError as error:
+        if not Path(place).is_dir():
+            raise  # of the Hub
+        raise ValueError(f"{place}: its weights cannot be read ({error}).") from error
     extra = sorted(info["unexpected_keys"])
     wrong = {
         "missing": sorted(info["missing_keys"]),
@@ -38,6 +52,17 @@ def load_whole(
             "architecture, or a model object that is complete; a model with random weights would be of no use."
         )
     return model, tuple(extra)
+
+
+def _broken_file(place: str) -> str:
+    """The first file of weights in a folder that cannot be opened."""
+    for path in sorted(Path(place).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path.name
+    return "a file of its weights"
 
 
 def class_of(config: Any, architecture: str | None = None) -> type[PreTrainedModel]:

@@ -132,6 +132,33 @@ def test_half_matching_weights_are_listed(how: str, tmp_path: Path) -> None:
     assert BROKEN[how][1] in str(error.value)
 
 
+@pytest.mark.parametrize("how", ["cut off", "lost", "pickle"])
+def test_broken_files_are_named(how: str, tmp_path: Path) -> None:
+    model = save(tmp_path / "source", max_shard_size="20KB")
+    if how == "pickle":
+        for path in (tmp_path / "source").glob("model*"):
+            path.unlink()
+        torch.save(model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    path = sorted((tmp_path / "source").glob("model-*" if how != "pickle" else "*.bin"))[-1]
+    if how == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    named = "its weights cannot be read" if how == "pickle" else path.name
+    with pytest.raises(ValueError, match=f"source.*{named}"):
+        convert(tmp_path / "source", "eff_longformer")
+
+
+def test_errors_of_writing_are_not_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path / "source")
+    monkeypatch.setattr(saving.tempfile, "mkdtemp", full)
+    result = run(tmp_path / "source", "--to", "eff_longformer", tmp_path / "out")
+    assert result.exit_code == 2 and f"{tmp_path / 'out'} cannot be written: [Errno 28]" in result.output
+
+
 def test_what_a_class_leaves_out_is_reported(tmp_path: Path) -> None:
     """Published BERT folders name the masked-LM class and hold the pooler and the next-sentence classifier too."""
     save(tmp_path, head="ForPreTraining")
@@ -222,6 +249,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("SOURCE", "--to", "eff_longformer", "SOURCE"), "holds the source"),
         (("SOURCE", "--to", "eff_longformer", "SOURCE/..", "--force"), "is the current folder or above"),
         (("SOURCE", "--to", "eff_longformer", "SOURCE/config.json"), "is a file"),
+        (("SOURCE", "--to", "eff_longformer", "SOURCE/config.json/out"), "config.json is a file"),
         (("SOURCE", "--to", "eff_longformer", "OTHER", "--force"), "no model to replace"),
         (("SOURCE", "--to", "eff_longformer", ".", "--force"), "is the current folder"),
     ],

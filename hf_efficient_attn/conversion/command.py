@@ -14,15 +14,18 @@ def convert_folder(
     """`convert` a folder or a name on the Hub, write `output_dir`, and return the report with its name in it.
 
     Raises:
-        ValueError: see `convert`; also a source that is not found, and a folder that may not be written to, before
-            anything is loaded.
+        ValueError: see `convert`; also a source that is not found or cannot be read, and a folder that may not be
+            written to, before anything is loaded, or cannot be.
     """
     check_folder(output_dir, force, source)
     try:
         conversion = convert(source, to, max_length, **options)
-        conversion.save_pretrained(output_dir, force=force)
     except OSError as error:  # of transformers: nothing there, or nothing that can be read
         raise ValueError(f"{source}: {error}") from error
+    try:
+        conversion.save_pretrained(output_dir, force=force)
+    except OSError as error:
+        raise ValueError(f"{output_dir} cannot be written: {error}") from error
     lines = str(conversion.report).replace(" OUT", f" {output_dir}")
     return f"{lines}\nwritten    {output_dir}"
 

@@ -47,6 +47,9 @@ def check_folder(folder: str | Path, force: bool, source: str | None) -> Path:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a folder.")
+    for parent in path.resolve().parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{path} cannot be a folder: {parent} is a file.")
     if Path.cwd().is_relative_to(path.resolve()):
         raise ValueError(f"{path} is the current folder or above it; give a folder of the model's own.")
     if source is not None and path.exists() and Path(source).exists():
