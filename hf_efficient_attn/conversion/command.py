@@ -1,5 +1,6 @@
 """What the command `hf-efficient-attn convert` does."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,20 @@ def convert_folder(
     return f"{lines}\nwritten    {output_dir}"
 
 
-# What the command has options of its own for.
-_TAKEN = frozenset(("source", "to", "max_length", "positions", "architecture", "revision", "force", "processor"))
+# Arguments, no fields of a config.
+_TAKEN = frozenset(
+    name
+    for function in (convert, convert_folder)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+)
 
 
 def read_options(pairs: list[str] | None) -> dict[str, Any]:
     """`name=value` pairs as a dictionary; a value that is JSON is read as such, any other is text.
 
     Raises:
-        ValueError: no `=`, or a name twice.
+        ValueError: no `=`, a name twice, or that of an argument of `convert`.
     """
     options: dict[str, Any] = {}
     for pair in pairs or []:
@@ -46,7 +52,9 @@ def read_options(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not name.isidentifier() or name in options:
             raise ValueError(f"--option {pair!r}: give name=value, each name once.")
         if name in _TAKEN:
-            raise ValueError(f"--option {pair!r}: the command has this one itself; see --help.")
+            raise ValueError(
+                f"--option {pair!r}: {name} is no field of the new config; --help lists the options of the command."
+            )
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
