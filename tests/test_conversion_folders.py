@@ -206,6 +206,9 @@ def test_wrong_options() -> None:
         convert(source, "eff_longformer", positions="stretch")
     with pytest.raises(ValueError, match="max_length = 0: give 1 token or more"):
         convert(source, "eff_longformer", max_length=0)
+    for length in ("4096", 100.5, True):
+        with pytest.raises(ValueError, match=f"max_length = {length!r}: give a whole number of tokens, or None"):
+            convert(source, "eff_longformer", max_length=length)
     with pytest.raises(ValueError, match="sample_length = 900: source and result both read 1 to 70 tokens"):
         convert(source, "eff_longformer", sample_length=900)
 
@@ -244,7 +247,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("SOURCE", "--to", "eff_reformer", "OUT"), "bert cannot become eff_reformer: its queries are keys"),
         (("SOURCE", "--to", "eff_longformer", "--option", "attention_window=3", "OUT"), "use 4"),
         (("SOURCE", "--to", "eff_longformer", "--option", "nonsense", "OUT"), "give name=value"),
-        (("SOURCE", "--to", "eff_longformer", "--option", "max_length=3", "OUT"), "has this one itself"),
+        (("SOURCE", "--to", "eff_longformer", "--option", "max_length=3", "OUT"), "max_length is no field"),
         (("no/such/folder", "--to", "eff_longformer", "OUT"), "no/such/folder"),
         (("SOURCE", "--to", "eff_longformer", "SOURCE"), "holds the source"),
         (("SOURCE", "--to", "eff_longformer", "SOURCE/..", "--force"), "is the current folder or above"),
@@ -351,3 +354,6 @@ def test_options_as_text() -> None:
     assert read_options(None) == {}
     with pytest.raises(ValueError, match="each name once"):
         read_options(["a=1", "a=2"])
+    for name in ("output_dir", "source", "force", "seed", "token", "sample_text", "sample_length", "processor"):
+        with pytest.raises(ValueError, match=f"{name} is no field of the new config; --help lists the options"):
+            read_options([f"{name}=3"])

@@ -109,6 +109,8 @@ def convert(
             options; weights that are missing, unknown or of another shape, by name.
     """
     check_positions_option(positions)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+        raise ValueError(f"max_length = {max_length!r}: give a whole number of tokens, or None.")
     where = {name: x for name, x in (("revision", revision), ("token", token)) if x is not None}
     opened = open_source(source, to, architecture, **where)
     row = find_row(opened.model_type, to)
