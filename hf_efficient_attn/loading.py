@@ -1,5 +1,6 @@
 """Models whose every weight comes from where they are loaded."""
 
+import inspect
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +14,12 @@ from .auto import FAMILIES, public_names
 
 
 def load_whole(
-    cls: type[PreTrainedModel], place: str, harmless: re.Pattern | None = None, **where: Any
+    cls: type[PreTrainedModel],
+    place: str,
+    harmless: re.Pattern | None = None,
+    *,
+    body_only: bool = False,
+    **where: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """`cls.from_pretrained(place, **where)`, and the names of weights there that the class does not read.
 
@@ -21,6 +27,8 @@ def load_whole(
         cls: the class.
         place: a folder, or a name on the Hub.
         harmless: names of weights that may be there besides those of the class; by default any may.
+        body_only: `cls` is a base model, and the weights may be those of a class with a head: weights of the head may
+            be there, and a pooler may be missing, which the model then has not.
         where: what else `from_pretrained` takes.
 
     Raises:
@@ -39,10 +47,16 @@ def load_whole(
         if not Path(place).is_dir():
             raise  # of the Hub
         raise ValueError(f"{place}: its weights cannot be read ({error}).") from error
-    extra = sorted(info["unexpected_keys"])
+    extra, missing = sorted(info["unexpected_keys"]), sorted(info["missing_keys"])
+    unknown = [] if harmless is None else [name for name in extra if not harmless.search(name)]
+    if body_only:
+        if missing and all(name.startswith("pooler.") for name in missing) and _may_lack_pooler(cls):
+            return load_whole(cls, place, harmless, body_only=True, **where, add_pooling_layer=False)
+        body = {cls.base_model_prefix, *(name for name, _ in model.named_children())}
+        unknown = [name for name in unknown if name.partition(".")[0] in body]
     wrong = {
-        "missing": sorted(info["missing_keys"]),
-        "unknown": [] if harmless is None else [name for name in extra if not harmless.search(name)],
+        "missing": missing,
+        "unknown": unknown,
         "of another shape": sorted(str(name) for name in info["mismatched_keys"]),
     }
     if any(wrong.values()):
@@ -52,6 +66,10 @@ def load_whole(
             "architecture, or a model object that is complete; a model with random weights would be of no use."
         )
     return model, tuple(extra)
+
+
+def _may_lack_pooler(cls: type[PreTrainedModel]) -> bool:
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters
 
 
 def _broken_file(place: str) -> str:

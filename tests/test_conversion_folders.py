@@ -167,6 +167,30 @@ def test_what_a_class_leaves_out_is_reported(tmp_path: Path) -> None:
     assert "left out   bert.pooler.dense.bias" in str(report)
 
 
+BODIES = [("bert", "ForMaskedLM"), ("roberta", "ForSequenceClassification"), ("distilbert", "ForMaskedLM")]
+
+
+@pytest.mark.parametrize(("kind", "head"), [*BODIES, ("electra", "ForPreTraining")])
+@torch.no_grad()
+def test_the_base_model_of_a_folder_with_a_head(kind: str, head: str, tmp_path: Path) -> None:
+    """A pooler that is not there is the identity, never random; a weight of the body that is not known still raises."""
+    source = save(tmp_path, kind, head)
+    base = type(source.base_model).__name__
+    conversion = convert(tmp_path, "eff_longformer", architecture=base)
+    ids = random_ids(2, 20)
+    ours, right = conversion.model(ids), source.base_model(ids)
+    torch.testing.assert_close(ours.last_hidden_state, right.last_hidden_state, rtol=0, atol=1e-5)
+    weight = conversion.model.pooler.dense.weight
+    assert torch.equal(weight, torch.eye(len(weight)))
+    assert conversion.report.left_out and "identity: the source has no pooler" in str(conversion.report)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if ".layer.1." in name)
+    state[name.replace(".layer.1.", ".layer.9.")] = state[name].clone()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not hold the weights of a {base}.*unknown: .*layer\.9"):
+        convert(tmp_path, "eff_longformer", architecture=base)
+
+
 def test_the_class_of_the_weights(tmp_path: Path) -> None:
     save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

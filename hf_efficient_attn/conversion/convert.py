@@ -92,7 +92,8 @@ def convert(
         max_length: tokens that the new model reads; None as the source.
         positions: what more positions get: `"tile"` repeats the table as Longformer's authors did, `"interpolate"`
             spreads it, `"init"` draws new rows.
-        architecture: the class of the weights (`"BertForMaskedLM"`), where the source's config does not name it.
+        architecture: the class of the weights (`"BertForMaskedLM"`), where the source's config does not name it; the
+            base model (`"BertModel"`) of a folder with a head leaves the head out.
         processor: tokenizer or image processor of a model object; of a folder or name its own is taken.
         sample_text: text to compare both models on, a piece of English by default.
         sample_length: its tokens; by default 128, and 512 or as many as both read.

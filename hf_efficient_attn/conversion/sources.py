@@ -85,5 +85,7 @@ def open_source(source: Any, to: str, architecture: str | None, **where: Any) ->
     config = AutoConfig.from_pretrained(place, **where)
     find_row(config.model_type, to)
     cls = class_of(config, architecture)
-    model, extra = load_whole(cls, place, _HARMLESS, dtype="auto", **where)
+    # Asked for by name, a base model may come out of a folder with a head.
+    body_only = architecture is not None and cls.__name__.endswith("Model")
+    model, extra = load_whole(cls, place, _HARMLESS, body_only=body_only, dtype="auto", **where)
     return Source(model, True, place, extra)
