@@ -77,3 +77,15 @@ def test_layers_compiled_one_by_one_keep_their_own_numbers() -> None:
     first = eager.layers[0].attention
     eager.layers[1].attention._efficient_attention_layer = layer_of(first)
     assert (eager(**inputs)[0] - right).abs().max() > 1e-3, "the numbers make no difference here"
+
+
+@torch.no_grad()
+def test_an_image_model_is_exported_once_it_has_run() -> None:
+    """What stands before its patches is measured by a run, which the weights of an export cannot do."""
+    case = MODELS["ViT"]
+    model, inputs = fresh("ViT", "neighborhood", 1), case.inputs()
+    with pytest.raises(ValueError, match="run the model once before it is exported"):
+        torch.export.export(model, (inputs["pixel_values"],), strict=False)
+    right = model(**inputs)[0]
+    program = torch.export.export(model, (inputs["pixel_values"],), strict=False)
+    torch.testing.assert_close(program.module()(inputs["pixel_values"])[0], right, rtol=0, atol=1e-6)

@@ -68,5 +68,6 @@ def _measured_front(module: nn.Module, identity: int) -> int:
                 return front
     raise ValueError(
         f"eff:neighborhood cannot tell how many tokens of {type(module).__name__} come before its patches: no model "
-        "around it runs on an image of its config's size; choose another mechanism."
+        "around it runs on an image of its config's size; run the model once before it is exported, or choose another "
+        "mechanism."
     )
