@@ -41,7 +41,7 @@ from hf_efficient_attn import (
 from hf_efficient_attn.auto import TEXT_FAMILIES, VISION_FAMILIES
 from hf_efficient_attn.cli import app
 from hf_efficient_attn.patterns import MAX_TOKENS
-from hf_efficient_attn.patterns.capture import Given
+from hf_efficient_attn.patterns.capture import Given, random_inputs
 from hf_efficient_attn.patterns.command import small_config
 from hf_efficient_attn.patterns.drawing import COLOURS, equal_heads, kind_image
 from hf_efficient_attn.patterns.kinds import attended_pairs, eager_weights, even_weights, pair_kinds
@@ -322,6 +322,14 @@ def test_a_task_has_its_own_global_tokens() -> None:
     assert more.attended[:, :3].all() and not more.attended[:, 3].all()
 
 
+def test_a_random_text_has_no_special_tokens() -> None:
+    """One of them would be padding, or the end of a question."""
+    model = model_class("eff_longformer", "AutoModel")(tiny_config("eff_longformer", vocab_size=8))
+    found = random_inputs(model, 500, seed=0)["input_ids"]
+    assert set(found[0].tolist()) == set(range(8)) - {0, 1, 2}
+    assert attention_pattern(model, LENGTH).keep.all()
+
+
 def test_added_tokens_come_first() -> None:
     config = tiny_config("eff_big_bird", num_global_tokens=5, global_ends=False, num_random_blocks=0)
     drawn = attention_pattern(config, LENGTH)
@@ -538,6 +546,8 @@ def test_errors_of_the_command(tmp_path: Path) -> None:
         (["eff_performer", "--global", "2", "--length", "8"], "no global tokens"),
         (["eff_performer", "--dpi", "0"], "dpi = 0"),
         (["eff_nystromformer", "--option", "is_decoder=true"], "no causal form"),
+        ([str(tmp_path / "none"), "--length", "0"], "length = 0"),  # before anything is loaded
+        ([str(tmp_path / "none")], "nor a folder"),
         ([str(tmp_path / "empty")], "config.json"),
         ([str(tmp_path / "bert")], "'bert', which is no family"),
         ([str(tmp_path / "model"), "--option", "num_features=3"], "--option num_features"),

@@ -164,8 +164,8 @@ def _scale(pattern: AttentionPattern) -> tuple[float, float]:
 def _add_legend(figure: Any, pattern: AttentionPattern) -> None:
     from matplotlib.patches import Patch
 
-    present = set(pattern.matrix.flatten().unique().tolist())
-    shown = [name for number, name in enumerate(pattern.kinds, start=1) if number in present]
+    kinds = enumerate(pattern.kinds, start=1)
+    shown = [name for number, name in kinds if any(bool((head == number).any()) for head in pattern.matrix)]
     patches = [Patch(color=[x / 255 for x in COLOURS.get(name, COLOURS["attended"])], label=name) for name in shown]
     if not bool(pattern.keep.all()):
         patches.append(Patch(color=[x / 255 for x in _PADDING], label="padding"))
