@@ -16,13 +16,7 @@ _HEADS, _HEAD_DIM = 4, 64
 
 
 def draw_command(
-    what: str,
-    output: Path,
-    length: int,
-    *,
-    options: dict[str, Any],
-    dpi: int,
-    **choices: Any,
+    what: str, output: Path, length: int, *, options: dict[str, Any], dpi: int, **choices: Any
 ) -> AttentionPattern:
     """Draw a layer of a family or of the model in a folder to `output`, and return what was drawn.
 
