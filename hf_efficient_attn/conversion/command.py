@@ -27,12 +27,14 @@ def convert_folder(
     return f"{lines}\nwritten    {output_dir}"
 
 
-# What the command has options of its own for.
+# What `convert` has options of its own for.
 _TAKEN = frozenset(("source", "to", "max_length", "positions", "architecture", "revision", "force", "processor"))
 
 
-def read_options(pairs: list[str] | None) -> dict[str, Any]:
+def read_options(pairs: list[str] | None, taken: frozenset[str] = _TAKEN) -> dict[str, Any]:
     """`name=value` pairs as a dictionary; a value that is JSON is read as such, any other is text.
+
+    Names that are `taken` the command has options of its own for.
 
     Raises:
         ValueError: no `=`, or a name twice.
@@ -42,7 +44,7 @@ def read_options(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier() or name in options:
             raise ValueError(f"--option {pair!r}: give name=value, each name once.")
-        if name in _TAKEN:
+        if name in taken:
             raise ValueError(f"--option {pair!r}: the command has this one itself; see --help.")
         try:
             options[name] = json.loads(value)
