@@ -143,13 +143,13 @@ def export(
     opset: Annotated[int | None, typer.Option(help="With --onnx: the operator set, 18 or later.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="With --onnx: how far outputs may differ; 1e-4.")] = None,
 ) -> None:
-    """Add the model's code to its folder, as one file, so that it loads where this package is not installed.
+    """Add the model's code to its folder, as one file, to load it without this package; or write an ONNX program.
 
-    There it loads with trust_remote_code=True, and where the package is imported in the package's own classes.
+    Without the package it loads with trust_remote_code=True, and where that is imported in the package's own classes.
     Weights and all other files stay as they are. Exporting again changes nothing.
 
     With --onnx write an ONNX program instead, for runtimes without PyTorch: dynamic batch and length, compared with the
-    model in onnxruntime before it is there. Needs the extra: pip install "hf_efficient_attn[onnx]".
+    model in onnxruntime before it is there. Needs the extra: pip install "hf_efficient_attn\\[onnx]".
     """
     with _one_line_errors(OSError):  # those of the Hub, of a network that is not there and of the disk are such
         given = {"more_inputs": more_inputs, "opset": opset, "tolerance": tolerance}
