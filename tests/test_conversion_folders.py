@@ -258,6 +258,53 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_was_there_comes_back_whatever_stops_the_exchange(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it cannot be put back, it is not removed either."""
+    conversion = convert(CASES["bert"].model("ForMaskedLM"), "eff_longformer")
+    conversion.save_pretrained(tmp_path / "out")
+    assert "\n# out\n" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    rename, failing = Path.rename, {"new"}
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.parent.name in failing or self.name in failing:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(error):
+        conversion.save_pretrained(tmp_path / "out", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    failing.add("old")
+    with pytest.raises(error):
+        conversion.save_pretrained(tmp_path / "out", force=True)
+    (kept,) = tmp_path.glob(".out-*/old")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+def test_what_is_not_a_models_is_never_replaced(tmp_path: Path) -> None:
+    conversion, out = convert(CASES["roberta"].model("ForMaskedLM"), "eff_longformer"), tmp_path / "out"
+    conversion.save_pretrained(out)
+    (out / "README.md").write_text("# My own words\n", encoding="utf-8")
+    (out / "checkpoint-5").mkdir()
+    (out / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="out holds checkpoint-5, thesis.txt, which no saved model has"):
+        conversion.save_pretrained(out, force=True)
+    (out / "checkpoint-5").rmdir()
+    (out / "thesis.txt").unlink()
+    conversion.save_pretrained(out, force=True)
+    convert(conversion.model, "longformer").save_pretrained(out, force=True)
+    assert (out / "README.md").read_text(encoding="utf-8") == "# My own words\n"
+    for text in ("{}", "[]", "no json"):
+        (out / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="no config.json with a model_type, so no model to replace"):
+            conversion.save_pretrained(out, force=True)
+
+
 def test_a_folder_above_the_source(tmp_path: Path) -> None:
     save(tmp_path / "in" / "source")
     (tmp_path / "in" / "config.json").write_text("{}", encoding="utf-8")

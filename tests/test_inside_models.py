@@ -117,6 +117,21 @@ def test_heads_and_towers_count_their_own_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**inputs).logits_per_text, after.logits_per_text, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_model_that_pools_padding_gives_something_else() -> None:
+    """As README says; without a mask, or without padding, it is the model itself."""
+    config = transformers.SiglipTextConfig(**SIZES, vocab_size=64, eos_token_id=2, bos_token_id=1)
+    model = randomise_(transformers.SiglipTextModel(config))
+    ids, mask = random_ids(1, 12), torch.tensor([[1] * 7 + [0] * 5])
+    calls = {"padded": (ids, mask), "no mask": (ids, None), "alone": (ids[:, :7], torch.ones(1, 7))}
+    right = {name: model(ids, mask) for name, (ids, mask) in calls.items()}
+    use_efficient_attention(model, "nystrom")
+    ours = {name: model(ids, mask) for name, (ids, mask) in calls.items()}
+    distance = {name: (ours[name].pooler_output - right[name].pooler_output).abs().max() for name in calls}
+    assert distance["padded"] > 1e-2 and max(distance["no mask"], distance["alone"]) < 1e-5
+    torch.testing.assert_close(ours["padded"][0][:, :7], right["padded"][0][:, :7], rtol=0, atol=1e-5)
+
+
 def test_a_projection_that_inference_drew_serves_training() -> None:
     model = use_efficient_attention(MODELS["Bert"].build(), "performer", num_features=17, projection_seed=123)
     inputs = MODELS["Bert"].inputs()
@@ -203,6 +218,39 @@ def test_a_model_that_would_ignore_the_choice_raises(model_type: str) -> None:
     assert model.config._attn_implementation == implementation_before
 
 
+def test_a_part_that_would_ignore_the_choice_raises() -> None:
+    """Though another part follows it."""
+    text, vision = transformers.MPNetConfig(**SMALL_TEXT), MODELS["ViT"].config()
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text)
+    model = transformers.VisionTextDualEncoderModel(config)
+    with pytest.raises(ValueError, match="MPNetModel, a part of VisionTextDualEncoderModel, does not call.*MPNetSelf"):
+        use_efficient_attention(model, "nystrom")
+    assert not hasattr(model.vision_model.config, FIELD)
+    text = MODELS["Bert"].config()
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text)
+    use_efficient_attention(transformers.VisionTextDualEncoderModel(config), "nystrom")
+
+
+def test_no_random_number_is_drawn() -> None:
+    """ViTMAE's forward pass draws a mask, in evaluation too."""
+    fields = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**SIZES, **PIXELS, **fields))
+    before = torch.get_rng_state()
+    use_efficient_attention(model, "nystrom")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 32, "patch_size": 2}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [("Swin", SWIN), ("LayoutLM", SMALL_TEXT)])
+def test_a_model_with_a_mask_of_its_own_raises(model_type: str, fields: dict[str, object]) -> None:
+    model = getattr(transformers, f"{model_type}Model")(getattr(transformers, f"{model_type}Config")(**fields))
+    with pytest.raises(ValueError, match=f"{model_type}.*Attention makes a mask or bias of its own, of shape"):
+        use_efficient_attention(model, "nystrom")
+    assert not hasattr(model.config, FIELD)
+
+
 @pytest.mark.parametrize("model_type", ["Bart", "Marian"])
 def test_models_with_cross_attention_raise(model_type: str) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "vocab_size": 64, "d_kv": 8}
@@ -266,9 +314,38 @@ def test_a_config_by_hand_is_checked() -> None:
 
 
 def test_a_grid_that_is_not_the_images_raises() -> None:
-    model = MODELS["ViT"].build()
-    with pytest.raises(ValueError, match="grid of 9 x 9 patches, but the input has 37 tokens"):
-        use_efficient_attention(model, "neighborhood", grid=[9, 9])
+    model = use_efficient_attention(MODELS["ViT"].build(), "neighborhood", grid=[9, 9])
+    with pytest.raises(ValueError, match="grid of 9 x 9 patches and 1 before them, but the input has 37 tokens"):
+        model(**MODELS["ViT"].inputs())
     with pytest.raises(ValueError, match="rows and columns of patches, both 1 or more"):
         use_efficient_attention(model, "neighborhood", grid=[0, 9])
     assert set(MECHANISM_NAMES) == set(SMALL)
+
+
+@pytest.mark.parametrize(("model_name", "front"), [("Dinov2", 1), ("Dinov2WithRegisters", 4), ("SiglipVision", 0)])
+@pytest.mark.parametrize("helped", [True, False])
+@torch.no_grad()
+def test_images_of_another_size_have_a_grid_of_their_own(model_name: str, front: int, helped: bool) -> None:
+    """A radius that reaches everything is softmax at the right grid, and the wrong one is refused, never guessed."""
+    fields = SIZES | PIXELS | {"image_size": 24, "num_register_tokens": 3, "mlp_ratio": 2}
+    config = getattr(transformers, f"{model_name}Config")(**fields)
+    model = randomise_(getattr(transformers, f"{model_name}Model")(config))
+    other, options = random_images(1, 32, 16), {"interpolate_pos_encoding": True} if front == 0 else {}
+    right = model(other, **options)[0]
+    grid = {"radius": [7, 3], "grid": [8, 4]}
+    if helped:
+        use_efficient_attention(model, "neighborhood", radius=1)
+    else:
+        setattr(model.config, FIELD, {"neighborhood": {"radius": 1}})
+        model.set_attn_implementation(implementation("neighborhood"))
+    own = model(random_images(1, 24, 24), output_hidden_states=True)
+    assert len(own.hidden_states) == 3
+    before = f" and {front} before them" if front else ""
+    for size, tokens in (((32, 16), 32), ((32, 32), 64)):
+        with pytest.raises(ValueError, match=f"6 x 6 patches{before}, but the input has {tokens + front} tokens.*give"):
+            model(random_images(1, *size), **options)
+    if helped:
+        use_efficient_attention(model, "neighborhood", **grid)
+    else:
+        setattr(model.config, FIELD, {"neighborhood": grid})
+    torch.testing.assert_close(model(other, **options)[0], right, rtol=0, atol=1e-5)

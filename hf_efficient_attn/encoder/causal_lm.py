@@ -97,6 +97,7 @@ class ForCausalLM(LanguageModel):
             use_cache=use_cache,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         states = outputs.last_hidden_state
         if labels is not None and document_ids is not None and labels.shape == document_ids.shape:

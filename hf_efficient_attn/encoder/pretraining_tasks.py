@@ -110,6 +110,7 @@ class ForMaskedLM(LanguageModel):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         num_items = kwargs.get("num_items_in_batch")
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, num_items, skip_logits)
@@ -163,6 +164,7 @@ class ForPreTraining(ForMaskedLM):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, None, skip_logits)
         relationship = self._head.seq_relationship(outputs.pooler_output)
@@ -213,6 +215,7 @@ class ForReplacedTokenDetection(TaskModel):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         logits = self.discriminator_predictions(outputs.last_hidden_state)
         loss = None

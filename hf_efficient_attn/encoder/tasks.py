@@ -55,7 +55,14 @@ class ForSequenceClassification(TaskModel):
         """
         refuse_documents(kwargs, type(self).__name__, "it gives one result a row")
         outputs = self.base_model(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            **kwargs,
+            return_dict=True,
         )
         logits = self.classifier(self._text_state(outputs, input_ids, attention_mask, self.head_class.reads_pooler))
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
@@ -101,6 +108,7 @@ class ForTokenClassification(TaskModel):
             global_attention_mask,
             document_ids=document_ids,
             **kwargs,
+            return_dict=True,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
@@ -158,7 +166,14 @@ class ForQuestionAnswering(TaskModel):
         refuse_documents(kwargs, type(self).__name__, "it marks one answer a row")
         types = self.token_types(input_ids, attention_mask, token_type_ids)
         outputs = self.base_model(
-            input_ids, attention_mask, types, position_ids, inputs_embeds, global_attention_mask, **kwargs
+            input_ids,
+            attention_mask,
+            types,
+            position_ids,
+            inputs_embeds,
+            global_attention_mask,
+            **kwargs,
+            return_dict=True,
         )
         logits = self.span_logits(outputs.last_hidden_state, input_ids, attention_mask)
         keep = self.base_model.key_padding_mask(input_ids, attention_mask, logits.shape[:2])
@@ -239,7 +254,7 @@ class ForMultipleChoice(TaskModel):
                 )
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, global_attention_mask)
         flat = [None if x is None else x.flatten(0, 1) for x in inputs]
-        outputs = self.base_model(*flat, **kwargs)
+        outputs = self.base_model(*flat, **kwargs, return_dict=True)
         state = self._text_state(outputs, *flat[:2], self.reads_pooler)
         logits = self.choice_scores(state).view(-1, choices)
         loss = None if labels is None else choice_loss(logits, labels)

@@ -58,7 +58,7 @@ class ForImageClassification(VisionTaskModel):
         Returns:
             `logits` `[batch, num_labels]`, and `loss` if there are labels.
         """
-        outputs = self.base_model(pixel_values, patch_mask=patch_mask, **kwargs)
+        outputs = self.base_model(pixel_values, patch_mask=patch_mask, **kwargs, return_dict=True)
         state = self.base_model.image_state(outputs.last_hidden_state, pixel_values, patch_mask)
         logits = self.classifier(state)
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
@@ -103,7 +103,7 @@ class ForMaskedImageModeling(VisionTaskModel):
                 f"encoder_stride = {stride} with patch_size = {self.config.patch_size}: what is predicted for a patch "
                 "has to be as large as the patch for a loss; make them equal, or leave bool_masked_pos out."
             )
-        outputs = self.base_model(pixel_values, bool_masked_pos, patch_mask, **kwargs)
+        outputs = self.base_model(pixel_values, bool_masked_pos, patch_mask, **kwargs, return_dict=True)
         grid = self.base_model.grid_of(pixel_values)
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         predicted = self.decoder(patches.transpose(1, 2).unflatten(2, grid))
@@ -204,7 +204,9 @@ class Backbone(BackboneMixin, VisionTaskModel):
             `feature_maps`, one a stage: `[batch, hidden, rows, columns]` (`config.reshape_hidden_states`), normed
             (`config.apply_layernorm`), 0 at padding; `hidden_states` and `attentions` if asked.
         """
-        outputs = self.base_model(pixel_values, patch_mask=patch_mask, output_hidden_states=True, **kwargs)
+        outputs = self.base_model(
+            pixel_values, patch_mask=patch_mask, output_hidden_states=True, **kwargs, return_dict=True
+        )
         grid = self.base_model.grid_of(pixel_values)
         mask = self.base_model.bool_patch_mask(patch_mask, pixel_values.shape[0], grid)
         states = [outputs.hidden_states[index] for index in self.out_indices]

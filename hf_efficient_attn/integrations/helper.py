@@ -25,6 +25,10 @@ def use_efficient_attention(model: Model, mechanism: str | None, **options: Any)
     choice of attention, so load with `attn_implementation="eff:<mechanism>"`. Layers that have a sliding window of
     their own keep it (ModernBERT's local layers).
 
+    At padded places attention gives 0s, not what the model itself has there. No valid token sees them, but a model
+    that pools a place by its number, padded or not, gives something else for a padded text: SigLIP's text model pools
+    the last one. Give those texts without padding, or as they were trained, with no attention_mask.
+
     Args:
         model: a model whose attention goes through transformers' interface (BERT, RoBERTa, ELECTRA, DistilBERT,
             ModernBERT, ViT, DINOv2, SigLIP, Llama, Mistral, Qwen and many others).
@@ -39,7 +43,8 @@ def use_efficient_attention(model: Model, mechanism: str | None, **options: Any)
             lsh: `lsh_attn_chunk_length`, `lsh_num_chunks_before`, `lsh_num_chunks_after`, `num_hashes`, `num_buckets`,
             `hash_seed`; queries and keys are hashed by the same directions. It is not Reformer, whose queries are its
             keys;
-            neighborhood: `radius`, `grid`.
+            neighborhood: `radius`, `grid`, the rows and columns of patches of images that are not of the config's
+            `image_size`. Another number of patches raises; the same number in another shape cannot be told apart.
 
     Returns:
         `model`, changed in place.
@@ -97,16 +102,23 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def _check_called(model: PreTrainedModel) -> None:
-    called = calling_modules(model)
-    able = modules_with_the_interface(model)
-    if called or (called is None and able):
-        return
-    ignored = sorted({type(module).__name__ for module in model.modules() if _looks_like_attention(module)})
-    raise ValueError(
-        f"{type(model).__name__} does not call attention through transformers' interface, so the choice would be "
-        f"ignored ({', '.join(ignored) or 'it has no attention layer'}); convert it to a family of this package, or "
-        "choose another model."
-    )
+    """Raises `ValueError` where the model, or a part of it with a config of its own, would ignore the choice."""
+    parts: dict[int, PreTrainedModel] = {}
+    for part in _parts(model):
+        parts.setdefault(id(part.config), part)  # the outermost
+    for part in parts.values():
+        ignored = sorted({type(module).__name__ for module in part.modules() if _looks_like_attention(module)})
+        if part is not model and not ignored:
+            continue  # convolutions and the like
+        called = calling_modules(part)
+        if called or (called is None and modules_with_the_interface(part)):
+            continue
+        whole = "" if part is model else f", a part of {type(model).__name__},"
+        raise ValueError(
+            f"{type(part).__name__}{whole} does not call attention through transformers' interface, so the choice "
+            f"would be ignored ({', '.join(ignored) or 'it has no attention layer'}); convert it to a family of this "
+            "package, or choose another model."
+        )
 
 
 def _looks_like_attention(module: Any) -> bool:

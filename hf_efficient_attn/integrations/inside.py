@@ -10,7 +10,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from .mechanisms import MECHANISMS, Call, own_window
 from .names import PREFIX
 from .options import options_of
-from .probe import note_call
+from .probe import is_probing, note_call
 
 
 # Arguments that change what attention is. A model that uses one would silently become another model.
@@ -154,6 +154,11 @@ def _check_call(
             "use it in encoders and in decoders without an encoder."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
+        if is_probing():  # no mask was given, so it is the model's
+            raise ValueError(
+                f"{who} makes a mask or bias of its own, of shape {list(attention_mask.shape)}, which {implementation} "
+                "cannot follow; choose another model."
+            )
         raise ValueError(
             f"{implementation} takes a mask of keys [batch, length], got one of shape {list(attention_mask.shape)}; "
             "pass the tokenizer's attention_mask, and with generate() leave cache_implementation unset."

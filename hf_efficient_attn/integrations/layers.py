@@ -61,6 +61,12 @@ def keep_numbers(model: nn.Module, numbers: dict[int, int]) -> None:
             setattr(module, _NUMBER, numbers[id(module)])
 
 
+def models_around(module: nn.Module) -> list[PreTrainedModel]:
+    """The models that `module` is in, inner ones first."""
+    sizes = [(sum(1 for _ in model.modules()), model) for model in _living_models() if module in set(model.modules())]
+    return [model for _, model in sorted(sizes, key=lambda found: found[0])]
+
+
 def _living_models() -> list[PreTrainedModel]:
     """Every model of this process: a module does not know what it is part of."""
     return [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and "_modules" in vars(x)]

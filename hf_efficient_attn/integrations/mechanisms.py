@@ -31,6 +31,7 @@ from ..functional import (
     valid_counts,
     zero_padding,
 )
+from .grids import grid_of
 from .layers import layer_of, projection_of
 from .options import NeighborhoodInsideOptions, SlidingWindowOptions
 
@@ -189,7 +190,7 @@ def _lsh(call: Call, options: LSHOptions) -> Tensor:
 
 
 def _neighborhood(call: Call, options: NeighborhoodInsideOptions) -> Tensor:
-    grid, front = options.grid_of(call.module.config, call.query.shape[2])
+    grid, front = grid_of(options, call.module, call.query.shape[2])
     radius = options.radius if isinstance(options.radius, int) else tuple(options.radius)
     return grid_window_attention(*call.tensors, grid=grid, num_global=front, radius=radius, **call.shared)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..attention.longformer import check_window
 from ..attention.neighborhood import NeighborhoodOptions
-from ..encoder.vision_configuration import pair
 
 
 FIELD = "efficient_attention"
@@ -58,7 +57,9 @@ class NeighborhoodInsideOptions(NeighborhoodOptions):
     Args:
         radius: see `NeighborhoodOptions`.
         grid: rows and columns of patches; None takes those of the config's `image_size` and `patch_size`. What comes
-            before them (a class token, registers) attends everything and is attended by everything.
+            before them (a class token, registers) attends everything and is attended by everything. An image of
+            another number of patches raises; one of another shape and the same number (64 x 16 pixels for 32 x 32)
+            cannot be told apart and needs the option.
     """
 
     grid: list[int] | tuple[int, int] | None = None
@@ -68,25 +69,6 @@ class NeighborhoodInsideOptions(NeighborhoodOptions):
         super().check_options()
         if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
             raise ValueError(f"grid = {self.grid!r}: give rows and columns of patches, both 1 or more.")
-
-    def grid_of(self, config: Any, length: int) -> tuple[tuple[int, int], int]:
-        """Rows and columns for inputs of `length` tokens, and how many tokens come before them."""
-        grid = self.grid
-        if grid is None:
-            sizes = [getattr(config, name, None) for name in ("image_size", "patch_size")]
-            if None in sizes:
-                raise ValueError(
-                    f"eff:neighborhood needs tokens in rows and columns, and a {type(config).__name__} has no "
-                    "image_size and patch_size; choose 'sliding_window', or give grid=[rows, columns]."
-                )
-            grid = [image // patch for image, patch in zip(*map(pair, sizes), strict=True)]
-        rows, columns = grid
-        if length < rows * columns:
-            raise ValueError(
-                f"eff:neighborhood has a grid of {rows} x {columns} patches, but the input has {length} tokens; give "
-                "grid=[rows, columns] of this input."
-            )
-        return (rows, columns), length - rows * columns
 
 
 def pick_name(name: str, known: Iterable[str], what: str) -> str:

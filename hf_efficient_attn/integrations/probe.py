@@ -16,8 +16,13 @@ _probing: list[nn.Module] | None = None
 
 def note_call(module: nn.Module) -> None:
     """Note that `module` called, if this is a probe."""
-    if not torch.compiler.is_compiling() and _probing is not None:
+    if is_probing():
         _probing.append(module)
+
+
+def is_probing() -> bool:
+    """Whether this call is part of a probe: a tiny text, or an image of the model's own size."""
+    return not torch.compiler.is_dynamo_compiling() and _probing is not None
 
 
 @contextmanager
@@ -33,20 +38,24 @@ def _noting() -> Iterator[list[nn.Module]]:
 def calling_modules(model: PreTrainedModel) -> list[nn.Module] | None:
     """The modules that call an `eff:` function when `model` runs on a tiny input, or its parts where it cannot.
 
-    No random number is drawn, and nothing is changed. None where no part runs on a tiny input.
+    Nothing is changed, torch's generators neither: some models draw in evaluation too. None where no part runs on a
+    tiny input.
 
     Raises:
         ValueError: what the functions raise.
     """
     modes = [(module, module.training) for module in model.modules()]
+    devices = {x.device for x in model.parameters() if x.device.type in ("cuda", "xpu")}
+    kind = next((device.type for device in devices), "cuda")
     model.eval()
     try:
-        called = _run(model)
-        if called is not None:
-            return called
-        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
-        runs = [called for part in parts if (called := _run(part)) is not None]
-        return sum(runs, []) if runs else None
+        with torch.random.fork_rng(devices, device_type=kind):
+            called = _run(model)
+            if called is not None:
+                return called
+            parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+            runs = [called for part in parts if (called := _run(part)) is not None]
+            return sum(runs, []) if runs else None
     finally:
         for module, training in modes:
             module.training = training
