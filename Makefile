@@ -5,12 +5,14 @@
 #   JOBS         pytest workers, one CPU thread each (2)
 #   PYTEST_ARGS  more arguments for pytest, for example PYTEST_ARGS="-k longformer -x"
 #   DEMO_ARGS    more arguments for the demo
+#   LRA_ARGS     more arguments for benchmarks/lra.py, for example LRA_ARGS="--budget paper"
 #   V=1          show all that pip says
 
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+LRA_ARGS ?=
 V ?=
 
 BIN := .venv/bin
@@ -25,7 +27,7 @@ CODE := $(wildcard hf_efficient_attn tests examples benchmarks)
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-floor dist lint format clean distclean
+.PHONY: help venv demo lra test test-floor dist lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +37,9 @@ venv: $(STAMP) ## create or update .venv (the targets below do it when needed)
 
 demo: $(STAMP) ## run the demo
 	@$(BIN)/hf-efficient-attn demo $(DEMO_ARGS)
+
+lra: $(STAMP) ## train every family and softmax on ListOps of Long Range Arena (about ten minutes)
+	@$(BIN)/python benchmarks/lra.py $(LRA_ARGS)
 
 test: $(STAMP) ## run every test
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)

@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     )
     from .onnx.export import OnnxExport, export_onnx
     from .optimization import layerwise_parameter_groups
+    from .patterns import AttentionPattern, attention_pattern, draw_pattern
     from .pretraining.configuration_eff_electra_joint import EffElectraJointConfig
     from .pretraining.masking import DataCollatorForReplacedTokenDetection
     from .pretraining.modeling_eff_electra_joint import EffElectraForJointPreTraining
@@ -112,6 +113,7 @@ __version__ = "0.1.0"
 _FAMILY_NAMES = public_names()
 _OTHER_NAMES = {
     "ATTENTIONS": ".attention",
+    "AttentionPattern": ".patterns",
     "Conversion": ".conversion",
     "DataCollatorForReplacedTokenDetection": ".pretraining.masking",
     "DataCollatorWithGlobalAttention": ".data",
@@ -125,9 +127,11 @@ _OTHER_NAMES = {
     "QuestionAnswerer": ".question_answering",
     "RedrawProjections": ".callbacks",
     "RedrawRotations": ".callbacks",
+    "attention_pattern": ".patterns",
     "byte_tokenizer": ".tokenization",
     "checkpoint_problems": ".checkpoints",
     "convert": ".conversion",
+    "draw_pattern": ".patterns",
     "export_onnx": ".onnx.export",
     "last_complete_checkpoint": ".checkpoints",
     "layerwise_parameter_groups": ".optimization",

@@ -143,13 +143,13 @@ def export(
     opset: Annotated[int | None, typer.Option(help="With --onnx: the operator set, 18 or later.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="With --onnx: how far outputs may differ; 1e-4.")] = None,
 ) -> None:
-    """Add the model's code to its folder, as one file, so that it loads where this package is not installed.
+    """Add the model's code to its folder, as one file, to load it without this package; or write an ONNX program.
 
-    There it loads with trust_remote_code=True, and where the package is imported in the package's own classes.
+    Without the package it loads with trust_remote_code=True, and where that is imported in the package's own classes.
     Weights and all other files stay as they are. Exporting again changes nothing.
 
     With --onnx write an ONNX program instead, for runtimes without PyTorch: dynamic batch and length, compared with the
-    model in onnxruntime before it is there. Needs the extra: pip install "hf_efficient_attn[onnx]".
+    model in onnxruntime before it is there. Needs the extra: pip install "hf_efficient_attn\\[onnx]".
     """
     with _one_line_errors(OSError):  # those of the Hub, of a network that is not there and of the disk are such
         given = {"more_inputs": more_inputs, "opset": opset, "tolerance": tolerance}
@@ -212,6 +212,48 @@ def convert(
 
         options = {"positions": positions, "architecture": architecture, "revision": revision, **read_options(option)}
         typer.echo(convert_folder(source, to, output_dir, max_length, force=force, **options))
+
+
+@app.command()
+def pattern(
+    what: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Such as eff_big_bird; or the folder of a saved model.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .svg or .pdf.")] = Path(
+        "pattern.png"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens of a random text, or patches of a random image.")] = 512,
+    layer: Annotated[int, typer.Option(help="The layer, from 0.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Field of the family's config, such as block_size=32; repeatable.")
+    ] = None,
+    global_tokens: Annotated[int, typer.Option("--global", help="So many first tokens are global (Longformer).")] = 0,
+    weights: Annotated[bool, typer.Option("--weights", help="Weights, where it would be which pairs attend.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the text or image, and of new weights.")] = 0,
+    dpi: Annotated[int, typer.Option(help="Points an inch; a head is three inches wide.")] = 100,
+) -> None:
+    """Draw what attends what in a layer of a family, or of a model that you saved.
+
+    For mechanisms with a pattern the pairs that attend, in a colour for each part of it (window, global, random ...);
+    for those that estimate softmax attention the weights that they estimate, of a model with new weights.
+    Queries go from top to bottom, keys from left to right. Needs the extra: pip install "hf_efficient_attn[demo]".
+    """
+    with _one_line_errors():
+        from .conversion import read_options
+        from .patterns.command import draw_command
+
+        drawn = draw_command(
+            what,
+            output,
+            length,
+            options=read_options(option, taken=frozenset()),
+            dpi=dpi,
+            layer=layer,
+            seed=seed,
+            weights=weights,
+            num_global=global_tokens,
+        )
+        typer.echo(f"{drawn.title}\npicture  {output}")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ class Scenario(NamedTuple):
         accumulation: batches a step.
         checkpointing: compute layers again in the backward pass.
         uneven: the second rank's examples have fewer labels, where labels belong to tokens.
+        skip_logits: as in the config.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Scenario(NamedTuple):
     accumulation: int = 1
     checkpointing: bool = False
     uneven: bool = False
+    skip_logits: bool = False
 
 
 MASKED, CAUSAL, TOKENS = "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForTokenClassification"
@@ -47,6 +49,7 @@ SCENARIOS = (
     Scenario("masked tokens", MASKED),
     Scenario("masked tokens, checkpointing", MASKED, checkpointing=True),
     Scenario("masked tokens, accumulation, uneven labels", MASKED, accumulation=2, uneven=True),
+    Scenario("masked tokens without logits, accumulation, uneven labels", MASKED, 2, uneven=True, skip_logits=True),
     Scenario("texts", TEXTS),
     Scenario("classes of tokens, accumulation, checkpointing, uneven labels", TOKENS, 2, True, True),
     Scenario("next tokens, uneven labels", CAUSAL, uneven=True),
@@ -118,6 +121,8 @@ class Trained(NamedTuple):
 def train(family: str, scenario: Scenario, folder: Path) -> Trained:
     """Ten steps in this process and, where there are several, in all of them."""
     model = make_model(family, scenario.auto)
+    if scenario.skip_logits:
+        model.config.skip_logits = True
     before = {name: x.clone() for name, x in model.state_dict().items()}
     # transformers renamed the switch; the old name warns.
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__

@@ -379,5 +379,5 @@ def test_options_as_text() -> None:
     with pytest.raises(ValueError, match="each name once"):
         read_options(["a=1", "a=2"])
     for name in ("output_dir", "source", "force", "seed", "token", "sample_text", "sample_length", "processor"):
-        with pytest.raises(ValueError, match=f"{name} is no field of the new config; --help lists the options"):
+        with pytest.raises(ValueError, match=f"{name} is no field of the config; --help lists the options"):
             read_options([f"{name}=3"])

@@ -33,6 +33,7 @@ PUBLIC = LIBRARY | {
     "loading",
     "extras",
     "onnx",
+    "patterns",
     "running",
     "integrations",
 }
@@ -56,6 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "loading": {"auto"},
     "conversion": LIBRARY | {"loading"},
     "onnx": {"auto", "extras", "loading"},
+    "patterns": {"attention", "auto", "extras", "loading"},
     "hub": LIBRARY,
     "integrations": LIBRARY,
     "running": set(),

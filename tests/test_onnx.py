@@ -94,6 +94,24 @@ def test_a_program_is_the_model_at_any_shape(family: str, auto: str, tmp_path: P
     assert {x.name: x.shape for x in session.get_inputs()} == {name: ["batch", *middle, "length"] for name in inputs}
 
 
+@pytest.mark.parametrize(
+    ("family", "auto", "options"),
+    [
+        ("eff_big_bird", "AutoModel", {"num_global_tokens": 4, "block_size": 16}),
+        (
+            "eff_longformer",
+            "AutoModelForSequenceClassification",
+            {"global_attention": [5, 7], "max_global_tokens": 120},
+        ),
+    ],
+)
+def test_options_that_change_the_graph(family: str, auto: str, options: dict, tmp_path: Path) -> None:
+    model = build(family, auto, **one_layer(family), **options)
+    session = open_program(export_onnx(model, tmp_path / "model.onnx").path)
+    for batch, length in SHAPES:
+        check(session, model, text_inputs(model, auto, batch, length, "right"))
+
+
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForCausalLM"])
 def test_global_tokens_are_an_input_on_request(auto: str, tmp_path: Path) -> None:
     model = build("eff_longformer", auto, **one_layer("eff_longformer"), max_global_tokens=3)
@@ -166,6 +184,23 @@ def test_the_command_exports_a_folder(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+def test_the_model_is_as_it_was(tmp_path: Path) -> None:
+    """Each part's mode, the random numbers; and a program says nothing of where it was made."""
+    model = build(FIRST, "AutoModelForMaskedLM", **one_layer(FIRST)).train()
+    frozen = model.base_model.encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        made = export_onnx(model, tmp_path / "model.onnx", more_inputs="position_ids")
+    assert [module.training for module in model.modules()] == modes and not frozen.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert made.inputs == ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    data = made.path.read_bytes()
+    assert b"hf_efficient_attn" not in data and b".py" not in data
+    export_onnx(model, tmp_path / "model.onnx", more_inputs="position_ids")
+    assert made.path.read_bytes() == data
+
+
 def test_a_program_that_differs_takes_nobodys_place(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"mine")
@@ -191,7 +226,11 @@ def test_models_that_no_program_holds_are_refused_by_name(tmp_path: Path) -> Non
         (3, {}, "source is a int"),
         (flex, {}, "'flex_attention': no operator set holds it"),
         (build(FIRST, "AutoModel").bfloat16(), {}, r"in torch.bfloat16; .*model.float\(\)"),
-        (model, {"opset": 17}, "opset = 17: .*give 18"),
+        (model, {"opset": 17}, "opset = 17: .* 18 to 23"),
+        (model, {"opset": "18"}, "opset = '18'"),
+        (model, {"opset": 24}, "opset = 24"),
+        (model, {"tolerance": -1.0}, "tolerance = -1.0"),
+        (model, {"tolerance": "x"}, "tolerance = 'x'"),
         (
             model,
             {"more_inputs": ["document_ids"]},
@@ -204,9 +243,20 @@ def test_models_that_no_program_holds_are_refused_by_name(tmp_path: Path) -> Non
             export_onnx(source, path, **options)
     with pytest.raises(ValueError, match=r"ends in \.onnx"):
         export_onnx(model, tmp_path / "model.bin")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; choose another folder"):
+        export_onnx(model, tmp_path / "file" / "model.onnx")
+    (tmp_path / "file").unlink()
     with pytest.raises(ValueError, match="say where that of a model goes"):
         export_onnx(model)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hook_that_looks_at_values_is_refused(tmp_path: Path) -> None:
+    model = build(FIRST, "AutoModel", **one_layer(FIRST))
+    model.encoder.layer[0].register_forward_hook(lambda module, given, made: print(float(made[0].sum())))
+    with pytest.raises(ValueError, match="EffNystromformerModel is not one graph: .*hooks"):
+        export_onnx(model, tmp_path / "model.onnx")
 
 
 def test_an_operator_without_a_translation_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class SelfAttention(nn.Module):
     has_causal_form: ClassVar[bool] = False
     """Whether `is_decoder` gives a form in which no token attends a later one."""
 
+    is_estimate: ClassVar[bool] = False
+    """Whether its weights estimate those of full softmax attention: then every pair has one, and none is left out."""
+
     wants: ClassVar[tuple[str, ...]] = ()
     """What `attend` can use of a frame besides the states, by the name of the argument: `"global_tokens"`, `"grid"`."""
 

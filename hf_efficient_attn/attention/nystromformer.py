@@ -55,6 +55,7 @@ class NystromformerSelfAttention(SelfAttention):
     """
 
     options_class = NystromformerOptions
+    is_estimate = True
 
     def __init__(self, config: Any, layer_idx: int, options: NystromformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)

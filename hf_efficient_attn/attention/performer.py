@@ -92,6 +92,7 @@ class PerformerSelfAttention(SelfAttention):
 
     options_class = PerformerOptions
     has_causal_form = True
+    is_estimate = True
 
     def __init__(self, config: Any, layer_idx: int, options: PerformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)

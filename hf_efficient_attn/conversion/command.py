@@ -40,20 +40,22 @@ _TAKEN = frozenset(
 )
 
 
-def read_options(pairs: list[str] | None) -> dict[str, Any]:
+def read_options(pairs: list[str] | None, taken: frozenset[str] = _TAKEN) -> dict[str, Any]:
     """`name=value` pairs as a dictionary; a value that is JSON is read as such, any other is text.
 
+    Names that are `taken` are arguments of the command or of what it calls.
+
     Raises:
-        ValueError: no `=`, a name twice, or that of an argument of `convert`.
+        ValueError: no `=`, a name twice, or one that is taken.
     """
     options: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier() or name in options:
             raise ValueError(f"--option {pair!r}: give name=value, each name once.")
-        if name in _TAKEN:
+        if name in taken:
             raise ValueError(
-                f"--option {pair!r}: {name} is no field of the new config; --help lists the options of the command."
+                f"--option {pair!r}: {name} is no field of the config; --help lists the options of the command."
             )
         try:
             options[name] = json.loads(value)

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
@@ -51,6 +51,7 @@ class ForCausalLM(LanguageModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Inputs as in the base model.
@@ -60,15 +61,18 @@ class ForCausalLM(LanguageModel):
                 shifted here, so that each token is predicted from those before it, in packed rows (`document_ids`) from
                 those of its document: labels at first tokens count nowhere.
             logits_to_keep: logits of only so many last tokens (0 for all), or of these positions; not with `labels`.
+            skip_logits: give the loss alone, in memory that does not grow with `length * vocab_size`; by default
+                `config.skip_logits` in training with labels, else no.
 
         Returns:
-            `logits` `[batch, length or logits_to_keep, vocab_size]`, `loss` if there are labels, `past_key_values` with
-            a cache.
+            `logits` `[batch, length or logits_to_keep, vocab_size]` unless skipped, `loss` if there are labels,
+            `past_key_values` with a cache.
 
         Raises:
             ValueError: as in the base model; `labels` together with `logits_to_keep` or a cache from before;
-                `document_ids` with `use_cache=True`.
+                `document_ids` with `use_cache=True`; `skip_logits=True` without labels.
         """
+        skip_logits = self.skips_logits(labels, skip_logits)
         if document_ids is not None and use_cache:
             raise ValueError(
                 f"{type(self).__name__} got document_ids and use_cache = True: a cache goes on with one text a row; "
@@ -95,13 +99,19 @@ class ForCausalLM(LanguageModel):
             **kwargs,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.token_logits(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            if document_ids is not None and labels.shape == document_ids.shape:  # the loss refuses another one
-                labels = labels.masked_fill(first_tokens(document_ids).to(labels.device), -100)
-            loss = token_loss(logits[:, :-1], labels[:, 1:], kwargs.get("num_items_in_batch"))
+        states = outputs.last_hidden_state
+        if labels is not None and document_ids is not None and labels.shape == document_ids.shape:
+            labels = labels.masked_fill(first_tokens(document_ids).to(labels.device), -100)  # the loss refuses others
+        if skip_logits:
+            # Each token's state against the next one's label: the labels are shifted, not the states, which are larger.
+            following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            loss, logits = self.loss_and_logits(states, following, kwargs.get("num_items_in_batch"), True)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.token_logits(states[:, kept])
+            loss = None
+            if labels is not None:
+                loss = token_loss(logits[:, :-1], labels[:, 1:], kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -193,6 +193,8 @@ class EffEncoderConfig(EffConfig):
         is_decoder: no token attends a later one; for the base model and causal language modelling, in families that
             have a causal form.
         use_cache: in the causal form, return keys and values for the next call, except in training mode.
+        skip_logits: in training with labels, models that predict tokens give their loss alone, without logits: those
+            are computed for labelled tokens only, some at a time, and again in the backward pass.
         add_cross_attention: must be False, there is none.
 
     Raises:
@@ -223,6 +225,7 @@ class EffEncoderConfig(EffConfig):
     tie_word_embeddings: bool = True
     is_decoder: bool = False
     use_cache: bool = True
+    skip_logits: bool = False
     add_cross_attention: bool = False
 
     @property

@@ -131,7 +131,9 @@ def _first_tokens(key_padding_mask: Tensor | None, shape: tuple[int, int], devic
 
 
 def _token_id_mask(token_ids: list[int], input_ids: Tensor) -> Tensor:
-    return torch.isin(input_ids, torch.tensor(token_ids, dtype=input_ids.dtype, device=input_ids.device))
+    wanted = torch.tensor(token_ids, dtype=input_ids.dtype, device=input_ids.device)
+    # Not isin, which ONNX has no form of.
+    return (input_ids[..., None] == wanted).any(dim=-1)
 
 
 def _text_mask(rule: str, input_ids: Tensor, sep_token_id: int) -> Tensor:

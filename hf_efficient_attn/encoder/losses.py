@@ -1,8 +1,11 @@
 """Losses of the classification heads. They read the config and never write it, unlike transformers' own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .configuration import EffConfig
 from .inputs import check_labels, check_one_per_example, check_positions
@@ -61,6 +64,54 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
     if num_items is None:
         num_items = (labels != -100).sum().clamp(min=1)
     return F.cross_entropy(flat, labels, reduction="sum") / num_items
+
+
+LOGITS_AT_ONCE = 1 << 24
+"""How many numbers of logits `token_loss_in_chunks` has at a time: 64 MiB in float32, and the loss some such more."""
+
+
+def token_loss_in_chunks(
+    logits_of: Callable[[Tensor], Tensor],
+    states: Tensor,
+    labels: Tensor,
+    classes: int,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """`token_loss(logits_of(states), labels, num_items)` in memory that does not grow with `length * classes`.
+
+    There are logits of labelled tokens only, and of some at a time; the backward pass computes them again where one
+    time was not enough. While compiling, where the number of labels is not known, all tokens have some. The head is
+    called once a time, so ranks of several may call it a different number of times; on a GPU the count of labels is
+    waited for.
+
+    Args:
+        logits_of: `[1, tokens, width]` -> `[1, tokens, classes]`, of each token alone.
+        states: `[batch, length, width]`.
+        labels: `[batch, length]`, -100 ignored.
+        classes: number of logits of a token.
+        num_items: as in `token_loss`.
+    """
+    if labels.shape != states.shape[:2]:
+        raise ValueError(f"labels must be [batch, length] = {list(states.shape[:2])}, got {list(labels.shape)}.")
+    check_labels("labels", labels, classes, f"the head has {classes} classes (vocab_size or num_labels).")
+    states, labels = states.flatten(0, 1), labels.flatten().to(states.device)
+    if not torch.compiler.is_compiling():
+        # None at all is a chunk of no tokens, so that every parameter has a gradient.
+        labelled = (labels != -100).nonzero()[:, 0]
+        states, labels = states.index_select(0, labelled), labels.index_select(0, labelled)
+    if num_items is None:
+        num_items = (labels != -100).sum().clamp(min=1)
+
+    def summed(chunk: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(chunk[None])[0].float(), targets, reduction="sum")
+
+    size = max(1, LOGITS_AT_ONCE // classes)
+    if states.shape[0] <= size:
+        return summed(states, labels) / num_items
+    total = 0.0
+    for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
+        total = total + checkpoint(summed, chunk, targets, use_reentrant=False)
+    return total / num_items
 
 
 def replaced_token_loss(logits: Tensor, labels: Tensor, keep: Tensor | None) -> Tensor:

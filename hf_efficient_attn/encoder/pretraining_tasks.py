@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import EffEncoderConfig
 from .heads import ReplacedTokenHead
-from .losses import next_sentence_loss, replaced_token_loss, token_loss
+from .losses import next_sentence_loss, replaced_token_loss, token_loss, token_loss_in_chunks
 from .outputs import EffPreTrainingOutput, EffReplacedTokenOutput
 from .task_model import TaskModel
 
@@ -38,6 +38,27 @@ class LanguageModel(TaskModel):
         """`[batch, length, output_size]` -> `[batch, length, vocab_size]`."""
         return self._head(hidden_states)
 
+    def skips_logits(self, labels: Tensor | None, skip_logits: bool | None) -> bool:
+        """Whether a call with these arguments gives the loss alone; raises `ValueError` where there is none."""
+        if skip_logits is None:
+            return labels is not None and self.training and self.config.skip_logits
+        if skip_logits and labels is None:
+            raise ValueError(
+                f"{type(self).__name__} got skip_logits = True without labels: there would be neither loss nor logits. "
+                "Give labels, or leave it out."
+            )
+        return skip_logits
+
+    def loss_and_logits(
+        self, hidden_states: Tensor, labels: Tensor | None, num_items: Tensor | int | None, skip_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, if there are `labels` `[batch, length]`, and the logits, unless skipped, of last states."""
+        if skip_logits:
+            classes = self.config.vocab_size
+            return token_loss_in_chunks(self.token_logits, hidden_states, labels, classes, num_items), None
+        logits = self.token_logits(hidden_states)
+        return None if labels is None else token_loss(logits, labels, num_items), logits
+
     def get_output_embeddings(self) -> nn.Module:
         """The vocabulary projection."""
         return self._head.vocabulary.decoder
@@ -63,13 +84,23 @@ class ForMaskedLM(LanguageModel):
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Inputs as in the base model; `labels` `[batch, length]` token ids, -100 where nothing is predicted.
+        """Inputs as in the base model.
+
+        Args:
+            labels: `[batch, length]` token ids, -100 where nothing is predicted.
+            skip_logits: give the loss alone, in memory that does not grow with `length * vocab_size`; by default
+                `config.skip_logits` in training with labels, else no.
 
         Returns:
-            `logits` `[batch, length, vocab_size]`, and `loss` if there are labels.
+            `logits` `[batch, length, vocab_size]` unless skipped, and `loss` if there are labels.
+
+        Raises:
+            ValueError: as in the base model; `skip_logits=True` without labels.
         """
+        skip_logits = self.skips_logits(labels, skip_logits)
         outputs = self.base_model(
             input_ids,
             attention_mask,
@@ -81,8 +112,8 @@ class ForMaskedLM(LanguageModel):
             **kwargs,
             return_dict=True,
         )
-        logits = self.token_logits(outputs.last_hidden_state)
-        loss = None if labels is None else token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        num_items = kwargs.get("num_items_in_batch")
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, num_items, skip_logits)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -112,6 +143,7 @@ class ForPreTraining(ForMaskedLM):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         document_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> EffPreTrainingOutput:
         """As `ForMaskedLM`, and `next_sentence_label` `[batch]` with 0 = continuation, 1 = random.
@@ -119,9 +151,10 @@ class ForPreTraining(ForMaskedLM):
         With `document_ids`, documents take the place of the batch in what is about whole texts.
 
         Returns:
-            `prediction_logits` `[batch, length, vocab_size]`, `seq_relationship_logits` `[batch, 2]`, and the sum of
-            the losses whose labels were given.
+            `prediction_logits` `[batch, length, vocab_size]` unless skipped, `seq_relationship_logits` `[batch, 2]`,
+            and the sum of the losses whose labels were given.
         """
+        skip_logits = self.skips_logits(labels, skip_logits)
         outputs = self.base_model(
             input_ids,
             attention_mask,
@@ -133,11 +166,9 @@ class ForPreTraining(ForMaskedLM):
             **kwargs,
             return_dict=True,
         )
-        logits = self.token_logits(outputs.last_hidden_state)
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, None, skip_logits)
         relationship = self._head.seq_relationship(outputs.pooler_output)
-        losses = []
-        if labels is not None:
-            losses.append(token_loss(logits, labels))
+        losses = [] if loss is None else [loss]
         if next_sentence_label is not None:
             losses.append(next_sentence_loss(relationship, next_sentence_label))
         return EffPreTrainingOutput(

@@ -185,7 +185,8 @@ def _gathered(
     bias = masked_bias(used[example, key_place] & listed, query.dtype)[:, :, None]
 
     def gather(tensor: Tensor, rows: Tensor) -> Tensor:
-        return tensor.flatten(0, 1)[number[:, None, None], rows]
+        # Not flattened first: torch.export would ask of the length which of two strides is the smaller.
+        return tensor[example, (number % heads)[:, None, None], rows]
 
     mixed = F.scaled_dot_product_attention(
         gather(query, query_row),

@@ -1,18 +1,12 @@
 """`export_onnx`: a model of the package as an ONNX program, compared with the model before it is there."""
 
-import logging
 import os
-import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import COMPOSITES, FAMILIES, register_models
@@ -20,14 +14,11 @@ from ..extras import require_extras
 from ..loading import class_of, load_whole
 from .inputs import ProgramInputs
 from .program import Program
+from .writing import write_program
 
 
-if TYPE_CHECKING:
-    from torch.onnx import ONNXProgram
-
-
-OPSET = 18
-"""The operator set of a program, unless another is asked for: the first that torch's exporter writes."""
+OPSETS = range(18, 24)
+"""The operator sets that programs can be written in; the first one unless another is asked for."""
 
 # Tokens of what is traced, and rows of patches: no size of an option, and more than the blocks of small models. The
 # other sizes are those that the program is compared at.
@@ -44,6 +35,7 @@ class OnnxExport:
         opset: its operator set.
         inputs: names of its inputs, all of them to be given.
         outputs: names of its outputs.
+        max_global_tokens: room for so many global tokens an example; None in models without such.
         sizes: batch and length (of images: rows of patches) that it was compared with the model at.
         error: largest difference there, relative to the largest number of the output where that is over 1.
     """
@@ -52,14 +44,16 @@ class OnnxExport:
     opset: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    max_global_tokens: int | None
     sizes: tuple[tuple[int, int], ...]
     error: float
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{batch} x {length}" for batch, length in self.sizes)
+        room = "" if self.max_global_tokens is None else f"; room for {self.max_global_tokens} global tokens an example"
         return (
             f"{self.path}, operator set {self.opset}; inputs {', '.join(self.inputs)}; outputs "
-            f"{', '.join(self.outputs)}; differs from the model by {self.error:.1g} at most ({sizes})"
+            f"{', '.join(self.outputs)}{room}; differs from the model by {self.error:.1g} at most ({sizes})"
         )
 
 
@@ -67,8 +61,8 @@ def export_onnx(
     source: str | os.PathLike | PreTrainedModel,
     path: str | os.PathLike | None = None,
     *,
-    more_inputs: Sequence[str] = (),
-    opset: int = OPSET,
+    more_inputs: str | Sequence[str] = (),
+    opset: int = OPSETS[0],
     tolerance: float = 1e-4,
 ) -> OnnxExport:
     """Write a model as an ONNX program with dynamic batch and length, images with dynamic height and width.
@@ -87,9 +81,9 @@ def export_onnx(
     Args:
         source: a model, a folder, or a name on the Hub; loaded in float32.
         path: of the program; by default `onnx/model.onnx` in the folder.
-        more_inputs: inputs besides those: `global_attention_mask`, `position_ids`, `token_type_ids`, `patch_mask`
-            (images then come in whole patches).
-        opset: the operator set, 18 or more.
+        more_inputs: one input or several besides those: `global_attention_mask`, `position_ids`, `token_type_ids`,
+            `patch_mask` (images then come in whole patches).
+        opset: the operator set, 18 to 23.
         tolerance: by how much outputs may differ from the model's, relative to the largest where that is over 1.
 
     Raises:
@@ -97,17 +91,23 @@ def export_onnx(
             differ; a package of the extra `onnx` that is not installed. What lay at `path` is still there.
     """
     require_extras("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    if opset < OPSET:
-        raise ValueError(f"opset = {opset}: torch writes programs in operator set {OPSET} or later; give {OPSET}.")
+    if opset not in OPSETS:
+        raise ValueError(
+            f"opset = {opset!r}: programs are in operator set {OPSETS[0]} to {OPSETS[-1]}; give {OPSETS[0]}."
+        )
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise ValueError(f"tolerance = {tolerance!r}: give how far outputs may differ, 0 or more, such as 1e-4.")
     path = _path_of(source, path)
     model = _model_of(source)
     _refuse_what_no_program_holds(model)
-    was_training = model.training
+    inputs = ProgramInputs(model, (more_inputs,) if isinstance(more_inputs, str) else more_inputs)
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        inputs = ProgramInputs(model.eval(), more_inputs)
-        return _export(Program(model, inputs).eval(), inputs, path, opset, tolerance)
+        with torch.autocast("cpu", enabled=False):
+            return _export(Program(model, inputs).eval(), inputs, path, opset, tolerance)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _path_of(source: object, path: str | os.PathLike | None) -> Path:
@@ -121,8 +121,11 @@ def _path_of(source: object, path: str | os.PathLike | None) -> Path:
             )
         return Path(source) / "onnx" / "model.onnx"
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise ValueError(f"path = {os.fspath(path)!r}: the name of a program ends in .onnx.")
+    if path.suffix != ".onnx" or path.is_dir():
+        raise ValueError(f"path = {os.fspath(path)!r}: give the name of a file that ends in .onnx.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"path = {os.fspath(path)!r}: {os.fspath(parent)!r} is a file; choose another folder.")
     return path
 
 
@@ -181,7 +184,7 @@ def _export(program: Program, inputs: ProgramInputs, path: Path, opset: int, tol
         traced, compared = _TRACED, tuple((batch, min(length, longest)) for batch, length in _COMPARED)
     example = inputs.example(*traced, padded=True)
     names = tuple(program.outputs(example))
-    written = _written(program, example, inputs, names, opset)
+    written = write_program(program, example, inputs, names, opset)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         new = Path(folder) / path.name
@@ -195,61 +198,8 @@ def _export(program: Program, inputs: ProgramInputs, path: Path, opset: int, tol
         # Weights first: at no time does a program name a file that is not there.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.with_name(file.name))
-    return OnnxExport(path, opset, inputs.names, names, compared, error)
-
-
-def _written(
-    program: Program, example: dict[str, Tensor], inputs: ProgramInputs, names: tuple[str, ...], opset: int
-) -> "ONNXProgram":
-    from .operators import TRANSLATIONS
-
-    with _silence():
-        sizes = inputs.sizes()
-        graph = torch.export.export(program, (example,), dynamic_shapes=(sizes,))
-        try:
-            written = torch.onnx.export(
-                graph,
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=list(inputs.names),
-                output_names=list(names),
-                custom_translation_table=TRANSLATIONS,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(error))
-            what = f"no form of {found[1]}" if found else f"not all of it: {str(error).splitlines()[0]}"
-            raise ValueError(f"operator set {opset} has for {type(program.model).__name__} {what}.") from error
-    _name_sizes(written, inputs.names, sizes)
-    return written
-
-
-def _name_sizes(program: "ONNXProgram", names: Sequence[str], sizes: Mapping[str, Mapping[int, Any]]) -> None:
-    """Give the dynamic sizes of a program their own names in place of the tracer's."""
-    graph = program.model.graph
-    own = {
-        str(value.shape[axis]): dim.__name__
-        for name, value in zip(names, graph.inputs, strict=True)
-        for axis, dim in sizes[name].items()
-    }
-    for value in (*graph.inputs, *graph.outputs, *(x for node in graph for x in node.outputs)):
-        for axis, size in enumerate(() if value.shape is None else value.shape):
-            if str(size) in own:
-                value.shape[axis] = own[str(size)]
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without what torch's exporter says about itself, such as that torchvision is not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    room = getattr(inputs.config, "max_global_tokens", None)
+    return OnnxExport(path, opset, inputs.names, names, room, compared, error)
 
 
 def _largest_difference(
