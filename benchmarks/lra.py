@@ -6,9 +6,9 @@
     python benchmarks/lra.py --out benchmarks/results/lra-cpu.md
 
 Every model has the same size, initial scale, batches, steps, learning rate and seed, and takes its steps in turns with
-the others, so that a slow minute of the machine meets all. Examples are drawn from the published grammar and none
-occurs twice; the held-out ones are of the same lengths. On CUDA models run in bfloat16 autocast, which has not been
-tried yet.
+the others, so that a slow minute of the machine meets all. Examples are drawn from the published grammar, no two of
+them equal, the held-out ones of the same lengths as the others. On CUDA models run in bfloat16 autocast, which has not
+been tried yet.
 """
 
 import csv
@@ -75,8 +75,9 @@ BUDGETS = {
     "paper": Budget(
         "that of Long Range Arena",
         {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024}
-        | {"initializer_range": 0.02, "attention_probs_dropout_prob": 0.1, "attention_window": 512, "block_size": 64}
-        | {"num_random_blocks": 3, "num_landmarks": 64, "num_features": 256, "num_hashes": 2},
+        | {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+        | {"attention_window": 512, "block_size": 64, "num_random_blocks": 3, "num_landmarks": 64}
+        | {"num_features": 256, "num_hashes": 2},
         lengths=(500, 2000),
         steps=5000,
         batch_size=32,

@@ -1,8 +1,7 @@
 """The demo: an EffLongformer classifier of long documents, trained, saved, checked and measured in a few minutes.
 
 Its parts are for use elsewhere too: `stdlib_corpus` and `english_corpus` need no download, `finetune` trains on any
-`Corpus`, `pack_texts` makes blocks to pretrain on, `draw_listops` examples of
-any length with exact answers.
+`Corpus`, `pack_texts` makes blocks to pretrain on, `draw_listops` examples of any length with exact answers.
 """
 
 from .baselines import bag_of_tokens_accuracy
