@@ -10,6 +10,7 @@ from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
 from .dense import dense_attention, softmax_attention
+from .dense_execution import dense_execution
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
@@ -38,6 +39,7 @@ __all__ = [
     "dense_attention",
     "dense_big_bird_attention",
     "dense_chunk_attention",
+    "dense_execution",
     "dense_nystrom_attention",
     "dense_performer_attention",
     "flex_sliding_window_attention",

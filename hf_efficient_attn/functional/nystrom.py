@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cpu import without_autocast
-from .dense import masked_softmax
+from .dense import masked_softmax, padded_attention
+from .dense_execution import dense_is_on
 from .dropout_cpu import cpu_dropout_attention
 from .inputs import check_qkv, masked_bias, zero_padding
 
@@ -108,6 +109,13 @@ class _Kernels(NamedTuple):
     landmarks: Landmarks
 
 
+def _check_options(num_landmarks: int, pinv_iterations: int | None) -> None:
+    if num_landmarks < 1:
+        raise ValueError(f"num_landmarks = {num_landmarks}: give 1 or more.")
+    if pinv_iterations is not None and pinv_iterations < 1:
+        raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
+
+
 def _kernels(
     query: Tensor,
     key: Tensor,
@@ -119,10 +127,6 @@ def _kernels(
     pinv_iterations: int | None,
     scale_per_matrix: bool,
 ) -> _Kernels:
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks = {num_landmarks}: give 1 or more.")
-    if pinv_iterations is not None and pinv_iterations < 1:
-        raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # An inverse multiplies rounding errors: half precision is too little for any part of the product.
     dtype = torch.promote_types(query.dtype, torch.float32 if pinv_iterations is not None else torch.float64)
@@ -194,6 +198,10 @@ def nystrom_attention(
     Time O(length * landmarks + iterations * landmarks^3), memory O(length) without dropout, O(length * landmarks) with.
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_options(num_landmarks, pinv_iterations)
+    if dense_is_on() and query.shape[2] <= num_landmarks:
+        # No example has more tokens than landmarks.
+        return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
     # Autocast would take the inverse in half precision.
     with without_autocast(query.device):
         x = _kernels(
@@ -234,6 +242,7 @@ def dense_nystrom_attention(
     Xiong et al. 2021, arXiv 2102.03902. Time O(length^2 * landmarks), memory O(length^2).
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_options(num_landmarks, pinv_iterations)
     with without_autocast(query.device):
         x = _kernels(
             query,
