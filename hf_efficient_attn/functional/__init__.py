@@ -5,7 +5,7 @@ parameters, and returns `[batch, heads, length, head_dim]` in `query.dtype`. `ke
 bool, True = attend. Rows of padding positions, and rows that may attend nothing, are 0.
 """
 
-from .big_bird import big_bird_attention, dense_big_bird_attention
+from .big_bird import big_bird_attention, blocks_in_reach, dense_big_bird_attention
 from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
@@ -32,6 +32,7 @@ __all__ = [
     "PerformerState",
     "TokenSlots",
     "big_bird_attention",
+    "blocks_in_reach",
     "chunk_attention",
     "cpu_add_nearby",
     "count_blocks",

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from .block_cpu import cpu_block_attention
 from .block_layout import BlockLayout, block_layout
-from .dense import biased_attention, dense_attention
-from .dense_execution import dense_is_cheaper
+from .dense import biased_attention, dense_attention, padded_attention
+from .dense_execution import dense_is_cheaper, dense_is_on
 from .group_bias import GroupBias
 from .group_cpu import cpu_group_attention
 from .inputs import check_qkv, masked_bias, zero_padding
@@ -57,6 +57,10 @@ def big_bird_attention(
     may name a block twice; `pick_random_blocks` draws from the whole text and never doubles.
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_pattern(query, block_size, random_blocks, num_global)
+    rows, count = random_blocks.shape[2:]
+    if dense_is_on() and count == 0 and rows <= blocks_in_reach(global_ends):
+        return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
     layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     lists = _key_blocks(layout, random_blocks, global_ends)
@@ -93,6 +97,7 @@ def big_bird_counts(
 
     Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
     """
+    _check_pattern(query, block_size, random_blocks, num_global)
     layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
     lists = _key_blocks(layout, random_blocks, global_ends)
     blocks = layout.global_blocks + layout.rows
@@ -138,9 +143,7 @@ def _group_bias(
     return GroupBias(table, group)
 
 
-def _layout(
-    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
-) -> BlockLayout:
+def _check_pattern(query: Tensor, block_size: int, random_blocks: Tensor, num_global: int) -> None:
     batch, heads, length, _ = query.shape
     if block_size < 1:
         raise ValueError(f"block_size = {block_size}: a block has 1 token or more.")
@@ -157,7 +160,17 @@ def _layout(
             f"random_blocks has {rows} rows, but {length - num_global} tokens in blocks of {block_size} need "
             f"{-(-(length - num_global) // block_size)}; fill up with rows of -1."
         )
-    return block_layout(key_padding_mask, length, block_size, rows, num_global, query.device)
+
+
+def blocks_in_reach(global_ends: bool) -> int:
+    """In a text of so many blocks each attends all, or is attended by all, without random ones."""
+    return 4 if global_ends else 2
+
+
+def _layout(
+    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
+) -> BlockLayout:
+    return block_layout(key_padding_mask, query.shape[2], block_size, random_blocks.shape[2], num_global, query.device)
 
 
 def _key_blocks(layout: BlockLayout, random_blocks: Tensor, global_ends: bool) -> Tensor:
