@@ -26,6 +26,7 @@ class Variant:
         quadratic: its work grows with the square of the length by definition.
         grid: length -> `grid` and `num_global`, where tokens stand in rows and columns: to leave some out makes another
             grid, so laws that do so do not apply.
+        dense: short inputs may be computed densely, where the mechanism does that.
         rounding: how many times larger rounding errors may be than elsewhere, on the laws' random numbers: a converged
             inverse of an ill-conditioned matrix multiplies them, which no way of computing it avoids.
     """
@@ -36,6 +37,7 @@ class Variant:
     causal: bool = False
     quadratic: bool = False
     grid: Callable[[int], dict[str, Any]] | None = None
+    dense: bool = True
     rounding: float = 1.0
 
 

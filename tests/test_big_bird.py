@@ -11,7 +11,14 @@ from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, t
 from oracles import random_choice
 from torch.testing import assert_close
 
-from hf_efficient_attn.functional import big_bird_attention, block_cpu, pick_random_blocks, random_draws
+from hf_efficient_attn.functional import (
+    big_bird_attention,
+    block_cpu,
+    dense_execution,
+    dropout_cpu,
+    pick_random_blocks,
+    random_draws,
+)
 
 
 CPU = torch.device("cpu")
@@ -75,28 +82,36 @@ def test_no_generator_is_touched_and_train_is_eval() -> None:
     assert not torch.allclose(other, evaluated), "the seed chooses"
 
 
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("count", [1, 7])
-def test_blocks_that_are_listed_twice_count_twice(count: int) -> None:
+def test_blocks_that_are_listed_twice_count_twice(count: int, dense: bool) -> None:
     query, key, value = torch.randn(3, 1, 1, 12, 4, dtype=torch.float64)
     options = {"block_size": 2, "global_ends": False}
     lists = torch.full((1, 1, 6, count), -1)
     lists[0, 0, 0] = 4  # the first block attends blocks 0 and 1, and block 4 `count` times
-    mixed = big_bird_attention(query, key, value, random_blocks=lists, **options)
+    with dense_execution(dense):
+        mixed = big_bird_attention(query, key, value, random_blocks=lists, **options)
     scores = query[0, 0, 0] @ key[0, 0].T / 2
     weights = scores.exp() * torch.tensor([1.0] * 4 + [0.0] * 4 + [count] * 2 + [0.0] * 2)
     assert_close(mixed[0, 0, 0], weights @ value[0, 0] / weights.sum())
 
 
 @pytest.mark.parametrize("chunk", [1, 10**5, 10**9])
-def test_size_of_the_chunks_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block at a time, several, or several examples."""
+@pytest.mark.parametrize("module", [block_cpu, dropout_cpu])
+def test_size_of_the_chunks_changes_nothing(chunk: int, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block at a time, several, or several examples; or one head at a time, some, or several examples."""
+    with dense_execution(module is dropout_cpu):
+        _check_chunks(chunk, module, monkeypatch)
+
+
+def _check_chunks(chunk: int, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     ids, keep = random_ids(4, 70), mask_of([70, 33, 1, 64], 70, "left")
     right = model(ids, keep)[0]
     right.square().sum().backward()
     expected = [x.grad.clone() for x in model.parameters() if x.grad is not None]
     model.zero_grad()
-    monkeypatch.setattr(block_cpu, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     found = model(ids, keep)[0]
     assert_close(found, right)
     found.square().sum().backward()

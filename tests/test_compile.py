@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, ROW_IDS, ROWS, Case, paddings, qkv, slots
+from cases import CASES, GRAPH_ROW_IDS, GRAPH_ROWS, Case, paddings, qkv, slots
 from helpers import config_class, one_layer
 from test_families import FAMILY, HEADS, batch_of, build
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def formula_of(case: Case, variant: str, length: int) -> tuple[Callable[..., Ten
     return lambda q, k, v: case.formula(q, k, v, keep, is_global, **options), qkv(2, length, torch.float32)
 
 
-@pytest.mark.parametrize(("case", "variant"), ROWS, ids=ROW_IDS)
+@pytest.mark.parametrize(("case", "variant"), GRAPH_ROWS, ids=GRAPH_ROW_IDS)
 def test_every_formula_is_one_graph(case: Case, variant: str) -> None:
     function, inputs = formula_of(case, variant, 50)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

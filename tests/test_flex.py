@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import ROWS, Case, paddings, qkv, slots, some_tokens
+from cases import GRAPH_ROWS, Case, paddings, qkv, slots, some_tokens
 from helpers import mask_of, model_class, random_ids, tiny_config
 from test_families import TEXT_FAMILIES, build
 from test_mechanisms import build as build_mechanism
@@ -21,7 +21,7 @@ from hf_efficient_attn.functional import (
 )
 
 
-FLEX_ROWS = [(case, name) for case, name in ROWS if "flex_attention" in ATTENTIONS[case.name].backends]
+FLEX_ROWS = [(case, name) for case, name in GRAPH_ROWS if "flex_attention" in ATTENTIONS[case.name].backends]
 ROW = pytest.mark.parametrize(("case", "variant"), FLEX_ROWS, ids=[f"{case.name}: {name}" for case, name in FLEX_ROWS])
 WINDOW_ROWS = [(case, name) for case, name in FLEX_ROWS if case.name == "longformer"]
 # Wide windows over whole blocks, up to an edge and one beyond it; the others as they are.

@@ -5,6 +5,8 @@ import torch
 from cases import CASES, HEAD_DIM, HEADS, LENGTHS, ROW_IDS, ROWS, Case, paddings, qkv
 from torch import Tensor
 
+from hf_efficient_attn.functional import dense_execution
+
 
 ROW = pytest.mark.parametrize(("case", "variant"), ROWS, ids=ROW_IDS)
 
@@ -20,7 +22,12 @@ def with_grads(function: callable, inputs: tuple[Tensor, ...], seen: Tensor | No
 
 def formula(case: Case, variant: str, keep: Tensor | None, is_global: Tensor | None, **kwargs: object) -> callable:
     """The case's formula as a function of query, key and value."""
-    return lambda q, k, v: case.formula(q, k, v, keep, is_global, **case.variants[variant].options, **kwargs)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with dense_execution(case.variants[variant].dense):
+            return case.formula(query, key, value, keep, is_global, **case.variants[variant].options, **kwargs)
+
+    return attend
 
 
 def is_global_of(case: Case, variant: str, batch: int, length: int, keep: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from oracles import masked_attention, project
 from torch import Tensor
 
 from hf_efficient_attn.attention import ATTENTIONS, SelfAttention
-from hf_efficient_attn.functional import projected_attention
+from hf_efficient_attn.functional import dense_execution, projected_attention
 
 
 WIDTH = HEADS * HEAD_DIM
@@ -33,7 +33,7 @@ def build(case: Case, variant: str, backend: str = "sdpa", dtype: torch.dtype = 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-    module.grid_of = case.variants[variant].grid
+    module.grid_of, module.dense = case.variants[variant].grid, case.variants[variant].dense
     return module.to(dtype).eval()
 
 
@@ -52,7 +52,8 @@ def context_of(
 
 
 def attend(module: SelfAttention, states: Tensor, keep: Tensor | None, is_global: Tensor | None) -> Tensor:
-    return module(states, keep, **context_of(module, states, keep, is_global))[0]
+    with dense_execution(module.dense):
+        return module(states, keep, **context_of(module, states, keep, is_global))[0]
 
 
 def grads(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:

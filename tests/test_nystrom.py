@@ -137,7 +137,7 @@ def kept_entries(few: bool, query: Tensor, key: Tensor, dropout_p: float) -> Ten
     """What dropout keeps over the share it keeps, `[batch, heads, queries, length]`, drawn in the kernel's order."""
     replay = draw_replay(dropout_p)
     kept, draws = query.new_empty(*query.shape[:3], key.shape[2]), replay.generator()
-    for where in dropout_cpu._chunks(query, key) if few else dropout_cpu._parts(query, key):
+    for where in dropout_cpu._chunks(query, key) if few else dropout_cpu.parts_of_heads(query, key):
         at = (where[0], slice(None), slice(None), where[1]) if few else where
         kept[at] = replay.kept(kept[at], Scratch(), draws)
     assert key.shape[2] < 1000 or abs(kept.mean() - replay.keep_share) < 0.01

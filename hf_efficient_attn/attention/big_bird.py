@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..functional import (
     big_bird_attention,
+    blocks_in_reach,
     count_blocks,
     count_text_blocks,
     dense_big_bird_attention,
@@ -70,9 +71,17 @@ class BigBirdSelfAttention(SelfAttention):
     options_class = BigBirdOptions
 
     def random_blocks(self, text_blocks: Tensor, rows: int) -> Tensor:
-        """This layer's random blocks for examples of `text_blocks` `[batch]` blocks: `[batch, heads, rows, count]`."""
+        """This layer's random blocks for examples of `text_blocks` `[batch]` blocks, at most `rows`.
+
+        Returns:
+            `[batch, heads, rows, count]`, as `pick_random_blocks` gives them.
+        """
         options = self.options
-        shape = (self.num_attention_heads, rows, options.num_random_blocks)
+        count = options.num_random_blocks
+        if not torch.compiler.is_compiling():
+            # No row of a short text has more blocks left to draw.
+            count = min(count, max(0, rows - blocks_in_reach(options.global_ends)))
+        shape = (self.num_attention_heads, rows, count)
         draws = random_draws(options.random_seed, self.layer_idx, *shape, device=text_blocks.device)
         return pick_random_blocks(draws, text_blocks, ends_are_global=options.global_ends)
 

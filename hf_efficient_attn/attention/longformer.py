@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cpu import is_plain
+from ..cpu import add_idle, can_add_idle, is_plain
 from ..functional import (
     TokenSlots,
     dense_attention,
@@ -147,11 +147,14 @@ class LongformerSelfAttention(SelfAttention):
         """
         batch, length, _ = hidden_states.shape
         if global_tokens is None:
-            if past_key_values is None and not torch.is_grad_enabled():
+            maps = (self.query_global, self.key_global, self.value_global)
+            alone = not torch.is_grad_enabled() or can_add_idle(value, maps)
+            if past_key_values is None and alone:
                 mixed, weights = self._windows(
                     query, key, value, key_padding_mask, None, length, dropout_p, backend, block_masks
                 )
-                return self.merge(mixed), weights
+                mixed = self.merge(mixed)
+                return add_idle(mixed, maps) if torch.is_grad_enabled() else mixed, weights
             # No slots: the global projections still take part, with nothing to project, so their gradient is 0.
             nowhere = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
             global_tokens = select_tokens(nowhere, 0)

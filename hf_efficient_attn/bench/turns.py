@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def take_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, one after the other in `repeats` turns, after a turn that does not count."""
+def take_turns(
+    runs: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds by `clock` of each run, one after the other in `repeats` turns, after a turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -2,6 +2,7 @@
 
 from .derivatives import first_derivatives
 from .feed_forward import feed_forward
+from .idle import add_idle, can_add_idle
 from .modules import TOKENS_AT_ONCE, in_reach, in_reach_of_training, is_plain, without_autocast
 from .projections import linear_maps
 from .residual import dropout, dropout_add
@@ -13,6 +14,8 @@ __all__ = [
     "TOKENS_AT_ONCE",
     "DropoutReplay",
     "Scratch",
+    "add_idle",
+    "can_add_idle",
     "draw_replay",
     "dropout",
     "dropout_add",

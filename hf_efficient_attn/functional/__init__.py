@@ -5,11 +5,12 @@ parameters, and returns `[batch, heads, length, head_dim]` in `query.dtype`. `ke
 bool, True = attend. Rows of padding positions, and rows that may attend nothing, are 0.
 """
 
-from .big_bird import big_bird_attention, dense_big_bird_attention
+from .big_bird import big_bird_attention, blocks_in_reach, dense_big_bird_attention
 from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
 from .dense import dense_attention, softmax_attention
+from .dense_execution import dense_execution
 from .favor import dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
@@ -31,6 +32,7 @@ __all__ = [
     "PerformerState",
     "TokenSlots",
     "big_bird_attention",
+    "blocks_in_reach",
     "chunk_attention",
     "cpu_add_nearby",
     "count_blocks",
@@ -38,6 +40,7 @@ __all__ = [
     "dense_attention",
     "dense_big_bird_attention",
     "dense_chunk_attention",
+    "dense_execution",
     "dense_nystrom_attention",
     "dense_performer_attention",
     "flex_sliding_window_attention",

@@ -6,7 +6,10 @@ from torch.nn import functional as F
 
 from .block_cpu import cpu_block_attention
 from .block_layout import BlockLayout, block_layout
-from .dense import dense_attention
+from .dense import biased_attention, dense_attention, padded_attention
+from .dense_execution import dense_is_cheaper, dense_is_on
+from .group_bias import GroupBias
+from .group_cpu import cpu_group_attention
 from .inputs import check_qkv, masked_bias, zero_padding
 from .tokens import TokenSlots, gather_tokens, replace_tokens
 
@@ -49,16 +52,30 @@ def big_bird_attention(
         ValueError: shapes that do not fit, a block size below 1, fewer rows than the text has blocks.
 
     Zaheer et al. 2020, arXiv 2007.14062. Time O(length * (block_size * (5 + count) + num_global)), memory the same
-    or, on a CPU, O(length). The paper's released plan draws nearly all random blocks from the first 1,024 tokens and
+    or, on a CPU, O(length); inputs that the blocks cover for the most part are computed as one matrix with a mask
+    (`dense_execution`). The paper's released plan draws nearly all random blocks from the first 1,024 tokens and
     may name a block twice; `pick_random_blocks` draws from the whole text and never doubles.
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_pattern(query, block_size, random_blocks, num_global)
+    rows, count = random_blocks.shape[2:]
+    if dense_is_on() and count == 0 and rows <= blocks_in_reach(global_ends):
+        return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
     layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     lists = _key_blocks(layout, random_blocks, global_ends)
     options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
+    on_cpu = query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
+    if dense_is_cheaper(query.shape[2], lists.shape[3] * block_size, dropout_p):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        bias = _group_bias(layout, lists, key_padding_mask, global_ends, dtype)
+        if on_cpu:
+            mixed = cpu_group_attention(query, key, value, bias, **options)
+        else:
+            mixed = biased_attention(query, key, value, bias.of_pairs().to(query.dtype), **options)
+        return zero_padding(mixed, key_padding_mask)
     tokens = layout.global_rows(num_global, global_ends)
-    if query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+    if on_cpu:
         mixed = cpu_block_attention(query, key, value, layout, lists, tokens, **options)
         return zero_padding(mixed, key_padding_mask)
     mixed = _gathered(query, key, value, layout, lists, **options)
@@ -80,13 +97,11 @@ def big_bird_counts(
 
     Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
     """
+    _check_pattern(query, block_size, random_blocks, num_global)
     layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
     lists = _key_blocks(layout, random_blocks, global_ends)
     blocks = layout.global_blocks + layout.rows
-    # One block more than there is takes the empty entries; it is cut off again.
-    counts = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.long, device=query.device)
-    entries = torch.where(lists >= 0, lists, blocks)
-    counts = counts.scatter_add(3, entries, torch.ones_like(entries))[..., :blocks]
+    counts = _block_counts(lists, blocks)
     block = layout.place // block_size
     batch = max(block.shape[0], counts.shape[0])
     block, counts = block.expand(batch, -1), counts.expand(batch, -1, -1, -1)
@@ -99,9 +114,36 @@ def big_bird_counts(
     return pairs
 
 
-def _layout(
-    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
-) -> BlockLayout:
+def _block_counts(lists: Tensor, blocks: int) -> Tensor:
+    """How often each text block names each of `blocks` blocks: int64 `[batch or 1, heads, rows, blocks]`."""
+    # One block more than there is takes the empty entries; it is cut off again.
+    counts = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.long, device=lists.device)
+    entries = torch.where(lists >= 0, lists, blocks)
+    return counts.scatter_add(3, entries, torch.ones_like(entries))[..., :blocks]
+
+
+def _group_bias(
+    layout: BlockLayout, lists: Tensor, key_padding_mask: Tensor | None, global_ends: bool, dtype: torch.dtype
+) -> GroupBias:
+    """The pattern as a bias: the logarithm of how often a block counts for another one."""
+    blocks, front = layout.global_blocks + layout.rows, layout.global_blocks
+    counts = F.pad(_block_counts(lists, blocks), (0, 0, front, 0))
+    # Global blocks attend everything.
+    number = torch.arange(blocks, device=lists.device)[None]
+    attends_all = number < front
+    if global_ends:
+        attends_all = attends_all | (number == front) | (number == front + layout.text_blocks[:, None] - 1)
+    counts = torch.where(attends_all[:, None, :, None], 1, counts)
+    table = masked_bias(counts > 0, dtype) + counts.clamp(min=1).to(dtype).log()
+    group = layout.place // layout.size
+    if key_padding_mask is not None:
+        # Padding is a group of its own, which nothing attends.
+        table = F.pad(F.pad(table, (0, 0, 0, 1)), (0, 1), value=torch.finfo(dtype).min)
+        group = torch.where(key_padding_mask, group, blocks)
+    return GroupBias(table, group)
+
+
+def _check_pattern(query: Tensor, block_size: int, random_blocks: Tensor, num_global: int) -> None:
     batch, heads, length, _ = query.shape
     if block_size < 1:
         raise ValueError(f"block_size = {block_size}: a block has 1 token or more.")
@@ -118,7 +160,17 @@ def _layout(
             f"random_blocks has {rows} rows, but {length - num_global} tokens in blocks of {block_size} need "
             f"{-(-(length - num_global) // block_size)}; fill up with rows of -1."
         )
-    return block_layout(key_padding_mask, length, block_size, rows, num_global, query.device)
+
+
+def blocks_in_reach(global_ends: bool) -> int:
+    """In a text of so many blocks each attends all, or is attended by all, without random ones."""
+    return 4 if global_ends else 2
+
+
+def _layout(
+    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
+) -> BlockLayout:
+    return block_layout(key_padding_mask, query.shape[2], block_size, random_blocks.shape[2], num_global, query.device)
 
 
 def _key_blocks(layout: BlockLayout, random_blocks: Tensor, global_ends: bool) -> Tensor:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cpu import without_autocast
+from .dropout_cpu import cpu_dropout_attention
 from .inputs import check_qkv, masked_bias, zero_padding
 
 
@@ -48,6 +50,49 @@ def dense_attention(
     weights = probs.to(query.dtype)
     mixed = torch.matmul(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, value)
     return mixed.to(query.dtype), weights
+
+
+def biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, dropout_p: float
+) -> Tensor:
+    """`dropout(softmax(query key^T * scale + bias)) value`, without the matrix where there is a kernel for it.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, heads, length, head_dim]`.
+        bias: in `query.dtype`, `[batch or 1, heads or 1, queries or 1, length]`, or None.
+        scale: factor of the scores.
+        dropout_p: dropout of the probabilities.
+
+    Returns:
+        As `query`.
+
+    Time O(queries * length), memory O(queries + length) besides the bias.
+    """
+    if 0.0 < dropout_p < 1.0 and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # torch's own kernels keep the whole matrix, several times over.
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        wide = (query.to(dtype) * scale, key.to(dtype), value.to(dtype), None if bias is None else bias.to(dtype))
+        return cpu_dropout_attention(*wide, dropout_p).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`softmax_attention` in the dtype of its input also inside autocast, and on a CPU with dropout in less memory."""
+    query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
+    bias = None if key_padding_mask is None else masked_bias(key_padding_mask[:, None, None, :], query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(query.device):
+        mixed = biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
+    return zero_padding(mixed, key_padding_mask)
 
 
 def softmax_attention(

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from ..cpu import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay, first_derivatives
+from .group_bias import GroupBias
 
 
 # Up to so many queries, keys go in chunks: what is kept and scaled anew from chunk to chunk is small then.
 _FEW_QUERIES = 256
 
 
-def cpu_dropout_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
+def cpu_dropout_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | GroupBias | None, dropout_p: float
+) -> Tensor:
     """`dropout(softmax(query key^T + bias)) value`.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key, value: `[batch, heads, length, head_dim]`.
-        bias: `[batch or 1, 1, 1, length]`, or None.
+        bias: `[batch or 1, heads or 1, queries or 1, length]`, one by groups where queries are all tokens, or None.
         dropout_p: less than 1, at the 16 bits it is drawn with.
 
     Returns:
@@ -34,7 +37,7 @@ def cpu_dropout_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tenso
     keys of all heads, at a time.
     """
     in_chunks = query.shape[2] <= _FEW_QUERIES and _keys_at_once(query) < key.shape[2]
-    form = _ChunkedDropoutAttention if in_chunks else _DropoutAttention
+    form = _ChunkedDropoutAttention if in_chunks and not isinstance(bias, GroupBias) else _DropoutAttention
     return form.apply(query, key, value, bias, draw_replay(dropout_p))
 
 
@@ -44,7 +47,7 @@ def _keys_at_once(query: Tensor) -> int:
     return max(1, CHUNK_BYTES * torch.get_num_threads() // key_bytes)
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+def parts_of_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Examples and heads at a time: as many as a chunk holds, at least one head of one example."""
     batch, heads, queries = query.shape[:3]
     head_bytes = max(1, queries * key.shape[2] * query.dtype.itemsize)
@@ -55,46 +58,93 @@ def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(start, start + batch_step), slice(head, head + head_step)
 
 
-def _probs(query: Tensor, key: Tensor, bias: Tensor | None, where: tuple[slice, slice]) -> Tensor:
-    scores = torch.matmul(query[where], key[where].transpose(-1, -2))
-    if bias is not None:
-        scores += bias[where[0]] if bias.shape[0] > 1 else bias
-    return scores.softmax(dim=-1)
+def _tensors_of(bias: Tensor | GroupBias | None) -> tuple[Tensor, ...]:
+    """What of a bias a backward pass needs, for `_bias_of`."""
+    return bias if isinstance(bias, GroupBias) else () if bias is None else (bias,)
+
+
+def _bias_of(tensors: tuple[Tensor, ...]) -> Tensor | GroupBias | None:
+    """The bias of which these are the tensors."""
+    return GroupBias(*tensors) if len(tensors) == 2 else tensors[0] if tensors else None
+
+
+def _part_of(
+    bias: Tensor | GroupBias | None, where: tuple[slice, slice], count: int, scratch: Scratch
+) -> Tensor | None:
+    """The bias of `count` examples and some heads."""
+    if bias is None or isinstance(bias, GroupBias):
+        return bias and bias.part(where, count, scratch)
+    bias = bias if bias.shape[0] == 1 else bias[where[0]]
+    return bias if bias.shape[1] == 1 else bias[:, where[1]]
+
+
+class _Part:
+    """Some heads of some examples, in memory of `scratch`: `[heads, queries or keys, ...]`, heads of all examples."""
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], where: tuple[slice, slice], scratch: Scratch) -> None:
+        self.query, self.key, self.value = (x[where].flatten(0, 1) for x in tensors)
+        self.outer, self.where, self.scratch = tensors[0][where].shape[:2], where, scratch
+
+    def take(self, name: str) -> Tensor:
+        """Room for one number a pair."""
+        return self.scratch.take(name, (*self.query.shape[:2], self.key.shape[1]), self.query.dtype)
+
+    def probs(self, bias: Tensor | GroupBias | None) -> Tensor:
+        """`[heads, queries, length]`."""
+        scores = torch.bmm(self.query, self.key.transpose(1, 2), out=self.take("scores"))
+        added = _part_of(bias, self.where, self.outer[0], self.scratch)
+        if added is not None:
+            scores.view(*self.outer, *scores.shape[1:]).add_(added)
+        return torch.ops.aten._softmax.out(scores, -1, False, out=self.take("probs"))
+
+    def write(self, target: Tensor, rows: Tensor) -> None:
+        """Put `[heads, rows, head_dim]` into `target` `[batch, heads, rows, head_dim]`."""
+        target[self.where] = rows.view(*self.outer, *rows.shape[1:])
 
 
 class _DropoutAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: DropoutReplay
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | GroupBias | None,
+        dropout: DropoutReplay,
     ) -> Tensor:
         batch, heads, queries, width = query.shape
         # In the order in which heads are merged.
         result = query.new_empty(batch, queries, heads, width).transpose(1, 2)
         generator, scratch = dropout.generator(), Scratch()
-        for where in _parts(query, key):
-            probs = _probs(query, key, bias, where)
-            probs.mul_(dropout.kept(probs, scratch, generator))
-            result[where] = torch.matmul(probs, value[where]).div_(dropout.keep_share)
-        ctx.save_for_backward(query, key, value, bias)
+        with torch.autocast("cpu", enabled=False):
+            for where in parts_of_heads(query, key):
+                part = _Part((query, key, value), where, scratch)
+                probs = part.probs(bias)
+                probs.mul_(dropout.kept(probs, scratch, generator))
+                part.write(result, torch.bmm(probs, part.value).div_(dropout.keep_share))
+        ctx.save_for_backward(query, key, value, *_tensors_of(bias))
         ctx.dropout = dropout
         return result
 
     @staticmethod
     @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias = ctx.saved_tensors
-        query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, key, value))
+        query, key, value, *tensors = ctx.saved_tensors
+        bias, grads = _bias_of(tuple(tensors)), [torch.empty_like(x) for x in (query, key, value)]
         generator, scratch = ctx.dropout.generator(), Scratch()
         with torch.autocast("cpu", enabled=False):
-            for where in _parts(query, key):
-                probs, above = _probs(query, key, bias, where), grad[where] / ctx.dropout.keep_share
+            for where in parts_of_heads(query, key):
+                part = _Part((query, key, value), where, scratch)
+                probs, above = part.probs(bias), (grad[where] / ctx.dropout.keep_share).flatten(0, 1)
                 kept = ctx.dropout.kept(probs, scratch, generator)
-                probs_grad = torch.matmul(above, value[where].transpose(-1, -2)).mul_(kept)
-                value_grad[where] = torch.matmul(kept.mul_(probs).transpose(-1, -2), above)
-                scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, probs.dtype)
-                query_grad[where] = torch.matmul(scores_grad, key[where])
-                key_grad[where] = torch.matmul(scores_grad.transpose(-1, -2), query[where])
-        return query_grad, key_grad, value_grad, None, None
+                probs_grad = torch.bmm(above, part.value.transpose(1, 2), out=part.take("probs_grad")).mul_(kept)
+                part.write(grads[2], torch.bmm(kept.mul_(probs).transpose(1, 2), above))
+                # The scores are of no use any more.
+                scores_grad = part.take("scores")
+                torch.ops.aten._softmax_backward_data.out(probs_grad, probs, -1, probs.dtype, grad_input=scores_grad)
+                part.write(grads[0], torch.bmm(scores_grad, part.key))
+                part.write(grads[1], torch.bmm(scores_grad.transpose(1, 2), part.query))
+        return *grads, None, None
 
 
 def _chunks(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:

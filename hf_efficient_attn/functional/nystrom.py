@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu import without_autocast
-from .dense import masked_softmax
+from ..cpu import in_reach, without_autocast
+from .dense import masked_softmax, padded_attention
+from .dense_execution import dense_is_on
 from .dropout_cpu import cpu_dropout_attention
 from .inputs import check_qkv, masked_bias, zero_padding
 
@@ -16,22 +17,41 @@ class Landmarks(NamedTuple):
     """Segment means of each example's valid tokens.
 
     Args:
-        average: `[batch or 1, landmarks, length]`, what takes the means: row s is `1 / size of s` at the tokens of
-            segment s.
+        segment: `[batch or 1, length]` int64, the segment of each token; one more than there are at padding.
+        sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least; in the tensors' dtype.
         filled: `[batch or 1, 1, 1, landmarks]` bool, False at segments without a token, which only examples shorter
             than the landmarks have; None if there can be none.
         exact: `[batch or 1, 1, 1, 1]` bool, True where each token is a segment of its own; None if that is nowhere.
     """
 
-    average: Tensor
+    segment: Tensor
+    sizes: Tensor
     filled: Tensor | None
     exact: Tensor | None
 
+    @property
+    def average(self) -> Tensor:
+        """What takes the means, `[batch or 1, landmarks, length]`: row s is `1 / size of s` at its tokens."""
+        return _members(self.segment, self.sizes.shape[1]).to(self.sizes.dtype) / self.sizes
+
     def means(self, tensor: Tensor) -> Tensor:
         """`[batch, heads, length, head_dim]` -> `[batch, heads, landmarks, head_dim]`."""
-        heads, width = tensor.shape[1], tensor.shape[3]
-        joined = torch.matmul(self.average, tensor.transpose(1, 2).flatten(2))
-        return joined.unflatten(-1, (heads, width)).transpose(1, 2)
+        batch, heads, _, width = tensor.shape
+        landmarks, joined = self.sizes.shape[1], tensor.transpose(1, 2).flatten(2)
+        if in_reach(tensor):
+            # A product with a matrix that is nearly all zeros takes many times as long. Padding has a row of its own.
+            rows = self.segment + (landmarks + 1) * torch.arange(batch, device=tensor.device)[:, None]
+            sums = joined.new_zeros(batch * (landmarks + 1), heads * width)
+            sums = sums.index_add(0, rows.flatten(), joined.flatten(0, 1))
+            means = sums.unflatten(0, (batch, landmarks + 1))[:, :landmarks] / self.sizes
+        else:
+            means = torch.matmul(self.average, joined)
+        return means.unflatten(-1, (heads, width)).transpose(1, 2)
+
+
+def _members(segment: Tensor, landmarks: int) -> Tensor:
+    """Which tokens each segment has, bool `[batch or 1, landmarks, length]`."""
+    return segment[:, None, :] == torch.arange(landmarks, device=segment.device)[None, :, None]
 
 
 def segment_landmarks(like: Tensor, key_padding_mask: Tensor | None, num_landmarks: int) -> Landmarks:
@@ -47,15 +67,17 @@ def segment_landmarks(like: Tensor, key_padding_mask: Tensor | None, num_landmar
     else:
         count = key_padding_mask.sum(dim=1, keepdim=True)
         segment = (key_padding_mask.long().cumsum(dim=1) - 1) * num_landmarks // count.clamp(min=1)
-    member = segment[:, None, :] == torch.arange(num_landmarks, device=device)[None, :, None]
-    if key_padding_mask is not None:
-        member = member & key_padding_mask[:, None, :]
-    sizes = member.sum(dim=2, keepdim=True)
-    average = member.to(like.dtype) / sizes.clamp(min=1)
+        segment = torch.where(key_padding_mask, segment, num_landmarks)
+    if in_reach(like):
+        sizes = torch.zeros(segment.shape[0], num_landmarks + 1, dtype=torch.long, device=device)
+        sizes = sizes.scatter_add(1, segment, torch.ones_like(segment))[:, :num_landmarks, None]
+    else:
+        sizes = _members(segment, num_landmarks).sum(dim=2, keepdim=True)
+    divisors = sizes.clamp(min=1).to(like.dtype)
     # A choice by shape, not by data; in a graph the length is not known.
     if key_padding_mask is None and not torch.compiler.is_compiling() and length > num_landmarks:
-        return Landmarks(average, None, None)
-    return Landmarks(average, (sizes > 0)[:, None, None, :, 0], (count <= num_landmarks)[:, :, None, None])
+        return Landmarks(segment, divisors, None, None)
+    return Landmarks(segment, divisors, (sizes > 0)[:, None, None, :, 0], (count <= num_landmarks)[:, :, None, None])
 
 
 def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = True) -> Tensor:
@@ -108,6 +130,13 @@ class _Kernels(NamedTuple):
     landmarks: Landmarks
 
 
+def _check_options(num_landmarks: int, pinv_iterations: int | None) -> None:
+    if num_landmarks < 1:
+        raise ValueError(f"num_landmarks = {num_landmarks}: give 1 or more.")
+    if pinv_iterations is not None and pinv_iterations < 1:
+        raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
+
+
 def _kernels(
     query: Tensor,
     key: Tensor,
@@ -119,10 +148,6 @@ def _kernels(
     pinv_iterations: int | None,
     scale_per_matrix: bool,
 ) -> _Kernels:
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks = {num_landmarks}: give 1 or more.")
-    if pinv_iterations is not None and pinv_iterations < 1:
-        raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # An inverse multiplies rounding errors: half precision is too little for any part of the product.
     dtype = torch.promote_types(query.dtype, torch.float32 if pinv_iterations is not None else torch.float64)
@@ -194,6 +219,10 @@ def nystrom_attention(
     Time O(length * landmarks + iterations * landmarks^3), memory O(length) without dropout, O(length * landmarks) with.
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_options(num_landmarks, pinv_iterations)
+    if dense_is_on() and query.shape[2] <= num_landmarks:
+        # No example has more tokens than landmarks.
+        return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
     # Autocast would take the inverse in half precision.
     with without_autocast(query.device):
         x = _kernels(
@@ -234,6 +263,7 @@ def dense_nystrom_attention(
     Xiong et al. 2021, arXiv 2102.03902. Time O(length^2 * landmarks), memory O(length^2).
     """
     check_qkv(query, key, value, key_padding_mask)
+    _check_options(num_landmarks, pinv_iterations)
     with without_autocast(query.device):
         x = _kernels(
             query,

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dense import dense_attention
+from ..cpu import without_autocast
+from .dense import biased_attention, dense_attention
+from .dense_execution import dense_is_cheaper
 from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
 from .tokens import TokenSlots
 from .window import (
@@ -60,7 +62,8 @@ def sliding_window_attention(
     Raises:
         ValueError: shapes that do not fit, a negative radius, a dilation below 1 or of the wrong count.
 
-    Beltagy, Peters & Cohan 2020, arXiv 2004.05150. Time O(length * (radius + slots)), memory the same.
+    Beltagy, Peters & Cohan 2020, arXiv 2004.05150. Time O(length * (radius + slots)), memory the same. Inputs that
+    windows cover for the most part are computed as one matrix with a mask (`dense_execution`).
     """
     check_qkv(query, key, value, key_padding_mask, last_queries=causal)
     queries, length = query.shape[2], key.shape[2]
@@ -69,16 +72,19 @@ def sliding_window_attention(
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     query = zero_padding(query, query_mask)
     key, value = (zero_padding(x, key_padding_mask) for x in (key, value))
+    options = {"window": window, "scale": scale, "dropout_p": dropout_p}
+    steps = sorted(set(dilations))
     if queries < length:
         if queries <= _FEW_QUERIES:
             shape = {"radius": radius, "dilation": dilation, "causal": causal, "queries": queries}
             allowed = sliding_window_allowed(key, key_padding_mask, global_tokens, **shape)
             mixed, _ = dense_attention(query, key, value, allowed, scale=scale, dropout_p=dropout_p)
             return zero_padding(mixed, query_mask)
-        query = F.pad(query, (0, 0, length - queries, 0))
+    if len(steps) == 1 and dense_is_cheaper(length, window.width, dropout_p):
+        mixed = _dense(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
+        return zero_padding(mixed, query_mask)
+    query = F.pad(query, (0, 0, length - queries, 0)) if queries < length else query
 
-    options = {"window": window, "scale": scale, "dropout_p": dropout_p}
-    steps = sorted(set(dilations))
     views = steps == [1] and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
     if views:
         mixed = cpu_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
@@ -125,6 +131,37 @@ def sliding_window_allowed(
     if key_padding_mask is not None:
         allowed = allowed & key_padding_mask[:, None, None, :] & key_padding_mask[:, None, length - queries :, None]
     return allowed
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    global_tokens: TokenSlots | None,
+    *,
+    window: Window,
+    dilation: int,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """Every query against every key, with a mask where it does not see all of them."""
+    queries, length = query.shape[2], key.shape[2]
+    seen = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    if dilation > 1 or (window.causal and global_tokens is not None):
+        shape = {"radius": window.radius, "dilation": dilation, "causal": window.causal, "queries": queries}
+        seen = sliding_window_allowed(key[:, :1], key_padding_mask, global_tokens, **shape)
+    elif window.causal or window.radius < length - 1:
+        # Bytes, where the way by positions would take as many whole numbers.
+        near = torch.ones(queries, length, dtype=torch.bool, device=key.device)
+        near = near.tril_(length - queries + window.ahead).triu_(length - queries - window.back)[None, None]
+        if global_tokens is not None:
+            near = near | global_tokens.mask[:, None, None, :]
+        seen = near if seen is None else near & seen
+    bias = None if seen is None else masked_bias(seen, query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(query.device):
+        return biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
 
 
 def _block_size(radius: int) -> int:
