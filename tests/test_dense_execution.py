@@ -112,12 +112,38 @@ def test_the_choice_goes_by_shapes_and_the_switch() -> None:
     assert dense_is_cheaper(768, 512, 0.0) and not dense_is_cheaper(769, 512, 0.0)
     assert dense_is_cheaper(576, 512, 0.1) and not dense_is_cheaper(577, 512, 0.1)
     assert dense_is_cheaper(192, 2, 0.0) and dense_is_cheaper(128, 2, 0.1) and not dense_is_cheaper(193, 2, 0.0)
+    assert dense_is_cheaper(1024, 4096, 0.0) and not dense_is_cheaper(1025, 4096, 0.0), "no large masks"
     with dense_execution(False):
         assert not dense_is_cheaper(1, 512, 0.0)
         with dense_execution(True):
             assert dense_is_cheaper(1, 512, 0.0)
         assert not dense_is_cheaper(1, 512, 0.0)
     assert dense_is_cheaper(1, 512, 0.0)
+
+
+def test_a_window_that_sees_all_needs_no_mask_at_any_length(dense_calls: list[str]) -> None:
+    inputs = [x.detach() for x in qkv(1, 1100)]
+    for radius, calls in ((1099, 1), (1098, 0)):
+        dense_calls.clear()
+        found = sliding_window.sliding_window_attention(*inputs, radius=radius)
+        assert len(dense_calls) == calls
+        with dense_execution(False):
+            assert_close(found, sliding_window.sliding_window_attention(*inputs, radius=radius), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_autocast_changes_nothing_inside(autocast: bool, dropout_p: float) -> None:
+    inputs = [x.detach() for x in qkv(2, 40, torch.float32)]
+    for case, variant in DENSE_ROWS:
+        if case.variants[variant].is_global(2, 40) is None:
+            torch.manual_seed(0)
+            right = formula(case, variant, None, None, dropout_p=dropout_p)(*inputs)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                torch.manual_seed(0)
+                found = formula(case, variant, None, None, dropout_p=dropout_p)(*inputs)
+            # The gathered form of dilated heads goes through torch as it is.
+            assert torch.equal(found, right) or isinstance(case.variants[variant].options.get("dilation"), list)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

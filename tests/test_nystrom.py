@@ -151,11 +151,15 @@ def masked_biases(count: int) -> dict[str, Tensor | None]:
     shared[..., : count // 2] = lowest
     own[1, ..., count // 2 :], own[2] = lowest, lowest
     infinite = torch.where(shared < 0, -torch.inf, 0.0)
-    return {"none": None, "shared": shared, "own": own, "infinite": infinite}
+    # Other keys for each query, or besides for each head.
+    generator = torch.Generator().manual_seed(4)
+    queries, heads = (torch.randn(n, h, 7, count, generator=generator) for n, h in ((3, 1), (1, HEADS)))
+    pairs = {"queries": queries.double().masked_fill(queries > 0, lowest), "heads": heads.double()}
+    return {"none": None, "shared": shared, "own": own, "infinite": infinite, **pairs}
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["heads", "chunks"])
-@pytest.mark.parametrize("bias", ["none", "shared", "own", "infinite"])
+@pytest.mark.parametrize("bias", ["none", "shared", "own", "infinite", "queries", "heads"])
 @pytest.mark.parametrize(("count", "keys"), [(5, 1), (300, 1), (300, 17), (3000, 700), (300, 10**6)])
 def test_dropout_on_a_cpu_is_that_of_the_plain_form(
     count: int, keys: int, bias: str, few: bool, monkeypatch: pytest.MonkeyPatch

@@ -57,6 +57,8 @@ def biased_attention(
 ) -> Tensor:
     """`dropout(softmax(query key^T * scale + bias)) value`, without the matrix where there is a kernel for it.
 
+    Autocast changes nothing inside.
+
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key, value: `[batch, heads, length, head_dim]`.
@@ -69,6 +71,13 @@ def biased_attention(
 
     Time O(queries * length), memory O(queries + length) besides the bias.
     """
+    with without_autocast(query.device):
+        return _biased_attention(query, key, value, bias, scale, dropout_p)
+
+
+def _biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
     if 0.0 < dropout_p < 1.0 and query.device.type == "cpu" and not torch.compiler.is_compiling():
         # torch's own kernels keep the whole matrix, several times over.
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -90,8 +99,7 @@ def padded_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     bias = None if key_padding_mask is None else masked_bias(key_padding_mask[:, None, None, :], query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with without_autocast(query.device):
-        mixed = biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
+    mixed = biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
     return zero_padding(mixed, key_padding_mask)
 
 

@@ -13,6 +13,9 @@ _ENABLED = ContextVar("dense_execution", default=True)
 # with dropout, where a CPU has no fused kernel.
 _ALWAYS, _ALWAYS_WITH_DROPOUT = 192, 128
 
+# Beyond, a mask of all pairs takes more memory than the states of the tokens.
+_MOST = 1024
+
 
 @contextmanager
 def dense_execution(enabled: bool = True) -> Iterator[None]:
@@ -41,8 +44,8 @@ def dense_is_on() -> bool:
 
 
 def dense_is_cheaper(length: int, keys: int, dropout_p: float) -> bool:
-    """Whether `length` keys a query, all at once, cost less than `keys`, block by block. By shape alone."""
-    if not dense_is_on():
+    """Whether `length` keys a query, with a mask, cost less than `keys`, block by block. By shape alone."""
+    if not dense_is_on() or length > _MOST:
         return False
     # Measured on a CPU: torch's fused kernel is about 1.5 times as quick a key as blocks, the one with dropout about as
     # quick. On other devices blocks are copied first, which costs more.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..cpu import Scratch, first_derivatives
+from .dense import biased_attention
 from .dropout_cpu import cpu_dropout_attention, parts_of_heads
 from .group_bias import GroupBias
 
@@ -41,7 +41,7 @@ def cpu_group_attention(
         wide = (x if x.stride(3) == 1 else x.contiguous() for x in wide)
         mixed = _GroupAttention.apply(*wide, *bias, scale)
     else:
-        mixed = F.scaled_dot_product_attention(*wide, scale=scale)
+        mixed = biased_attention(*wide, None, scale=scale, dropout_p=0.0)
     return mixed.to(query.dtype)
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu import without_autocast
 from .dense import biased_attention, dense_attention
-from .dense_execution import dense_is_cheaper
+from .dense_execution import dense_is_cheaper, dense_is_on
 from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
 from .tokens import TokenSlots
 from .window import (
@@ -80,7 +79,8 @@ def sliding_window_attention(
             allowed = sliding_window_allowed(key, key_padding_mask, global_tokens, **shape)
             mixed, _ = dense_attention(query, key, value, allowed, scale=scale, dropout_p=dropout_p)
             return zero_padding(mixed, query_mask)
-    if len(steps) == 1 and dense_is_cheaper(length, window.width, dropout_p):
+    sees_all = steps == [1] and not causal and dense_is_on() and radius >= length - 1
+    if sees_all or (len(steps) == 1 and dense_is_cheaper(length, window.width, dropout_p)):
         mixed = _dense(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
         return zero_padding(mixed, query_mask)
     query = F.pad(query, (0, 0, length - queries, 0)) if queries < length else query
@@ -160,8 +160,7 @@ def _dense(
         seen = near if seen is None else near & seen
     bias = None if seen is None else masked_bias(seen, query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with without_autocast(query.device):
-        return biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
+    return biased_attention(query, key, value, bias, scale=scale, dropout_p=dropout_p)
 
 
 def _block_size(radius: int) -> int:
