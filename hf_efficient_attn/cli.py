@@ -140,7 +140,7 @@ def export(
         list[str] | None,
         typer.Option("--input", help="With --onnx: one more input, as global_attention_mask; repeatable."),
     ] = None,
-    opset: Annotated[int | None, typer.Option(help="With --onnx: the operator set, 18 or later.")] = None,
+    opset: Annotated[int | None, typer.Option(help="With --onnx: the operator set, 18 to 23.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="With --onnx: how far outputs may differ; 1e-4.")] = None,
 ) -> None:
     """Add the model's code to its folder, as one file, to load it without this package; or write an ONNX program.

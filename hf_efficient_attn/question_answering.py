@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .answer_spans import Passage, best_answers
+from .modes import eval_mode
 
 
 class QuestionAnswerer:
@@ -183,7 +184,7 @@ class QuestionAnswerer:
         # Padding is always on the right, where it moves no position in any model.
         fill = {"input_ids": self.tokenizer.pad_token_id or 0}
         result: list[np.ndarray] = []
-        with _eval_mode(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             for begin in range(0, len(windows), batch_size):
                 rows = [window.inputs for window in windows[begin : begin + batch_size]]
                 batch = {}
@@ -258,15 +259,3 @@ def _own_settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         tokenizer.truncation_side, backend.encode_special_tokens = side, special
         backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
         backend.no_padding() if padding is None else backend.enable_padding(**padding)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, and every module as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

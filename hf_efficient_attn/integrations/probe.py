@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..encoder.vision_configuration import pair
+from ..modes import eval_mode
 
 
 # While a model is probed: the modules that have called so far.
@@ -44,21 +45,15 @@ def calling_modules(model: PreTrainedModel) -> list[nn.Module] | None:
     Raises:
         ValueError: what the functions raise.
     """
-    modes = [(module, module.training) for module in model.modules()]
     devices = {x.device for x in model.parameters() if x.device.type in ("cuda", "xpu")}
     kind = next((device.type for device in devices), "cuda")
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices, device_type=kind):
-            called = _run(model)
-            if called is not None:
-                return called
-            parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
-            runs = [called for part in parts if (called := _run(part)) is not None]
-            return sum(runs, []) if runs else None
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.random.fork_rng(devices, device_type=kind):
+        called = _run(model)
+        if called is not None:
+            return called
+        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+        runs = [called for part in parts if (called := _run(part)) is not None]
+        return sum(runs, []) if runs else None
 
 
 def _run(model: PreTrainedModel) -> list[nn.Module] | None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..auto import COMPOSITES, FAMILIES, register_models
 from ..extras import require_extras
 from ..loading import class_of, load_whole
+from ..modes import eval_mode
 from .inputs import ProgramInputs
 from .program import Program
 from .writing import write_program
@@ -101,13 +102,8 @@ def export_onnx(
     model = _model_of(source)
     _refuse_what_no_program_holds(model)
     inputs = ProgramInputs(model, (more_inputs,) if isinstance(more_inputs, str) else more_inputs)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.autocast("cpu", enabled=False):
-            return _export(Program(model, inputs).eval(), inputs, path, opset, tolerance)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.autocast("cpu", enabled=False):
+        return _export(Program(model, inputs).eval(), inputs, path, opset, tolerance)
 
 
 def _path_of(source: object, path: str | os.PathLike | None) -> Path:

@@ -25,12 +25,12 @@ class ProgramInputs:
         self.config = model.config
         self.reads_images = model.main_input_name == "pixel_values"
         self.has_choices = type(model).__name__.endswith("ForMultipleChoice")
-        types = getattr(self.config, "type_vocab_size", 0)
+        self.token_types = getattr(self.config, "type_vocab_size", 0)
         if self.reads_images:
             usual, possible = ["pixel_values"], ["patch_mask"]
         else:
             usual, possible = ["input_ids", "attention_mask"], ["position_ids"]
-            (usual if types > 1 else possible).append("token_type_ids")
+            (usual if self.token_types > 1 else possible).append("token_type_ids")
             if hasattr(self.config, "max_global_tokens"):
                 possible.append("global_attention_mask")
         for name in more:
@@ -80,16 +80,15 @@ class ProgramInputs:
         if padded:
             keep[-1, ..., length - length // 3 :] = 0
         ids = torch.randint(0, self.config.vocab_size, shape, generator=generator)
+        second = (torch.arange(length) >= length // 2).long()
         made = {
             "input_ids": ids,
             "attention_mask": keep,
-            "token_type_ids": (torch.arange(length) >= length // 2).long().expand(shape).clone(),
+            "token_type_ids": (second if self.token_types > 1 else torch.zeros_like(second)).expand(shape).clone(),
             "position_ids": torch.arange(length).expand(shape).clone(),
             # In a causal model only the first ones may be global.
             "global_attention_mask": (torch.arange(length) < 1).long().expand(shape).clone(),
         }
-        if getattr(self.config, "type_vocab_size", 0) < 2:
-            made["token_type_ids"] = torch.zeros_like(ids)
         return {name: made[name] for name in self.names}
 
     def _images(self, batch: int, side: int, padded: bool, generator: torch.Generator) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..attention import SelfAttention
+from ..modes import eval_mode
 
 
 class Given(NamedTuple):
@@ -70,19 +71,15 @@ def layer_input(model: PreTrainedModel, layer: int, inputs: Mapping[str, Tensor]
     around = next(module for module in base.modules() if attention in module.children())
     hooks = [around.register_forward_pre_hook(remember, with_kwargs=True)]
     hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
-    in_training = [module for module in model.modules() if module.training]
     quietly = {"output_attentions": False, "output_hidden_states": False}
     if getattr(model.config, "is_decoder", False):
         quietly["use_cache"] = False
     try:
-        for module in in_training:
-            module.training = False
-        base(**inputs, **quietly)
+        with eval_mode(model):
+            base(**inputs, **quietly)
     except _Reached:
         pass
     finally:
-        for module in in_training:
-            module.training = True
         for hook in hooks:
             hook.remove()
     (states, keep), context = seen["call"]
