@@ -144,11 +144,12 @@ def _performer_module(
     return oracles.performer_module(weights, x, keep, heads=heads, **options)
 
 
-def _features(count: int, kernel: str = "softmax", causal: bool = False) -> Variant:
+def _features(count: int, kernel: str = "softmax", causal: bool = False, exact_below: int = 0) -> Variant:
     """Independent features, whose number need not be a multiple of `HEAD_DIM`."""
     draws = torch.randn(count, HEAD_DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    options = {"projection": draws, "kernel": kernel, "causal": causal}
-    return Variant(options, {"num_features": count, "kernel": kernel}, causal=causal)
+    options = {"projection": draws, "kernel": kernel, "causal": causal, "exact_below": exact_below}
+    config = {"num_features": count, "kernel": kernel, "exact_below": exact_below}
+    return Variant(options, config, causal=causal)
 
 
 CASES = [
@@ -230,6 +231,7 @@ CASES = [
             "softmax": _features(20),
             "relu": _features(20, "relu"),
             "few features": _features(3),
+            "exact below 64": _features(20, exact_below=64),
             "causal": _features(20, causal=True),
             "causal relu": _features(20, "relu", causal=True),
         },

@@ -53,6 +53,7 @@ def hashed(
     causal: bool = False,
     released: bool = True,
     limit: int = 180,
+    exact_below: int = 0,
 ) -> Variant:
     """LSH attention with the directions of `hash_seed=0` in layer 0; for up to 2,100 tokens.
 
@@ -70,6 +71,7 @@ def hashed(
         "chunks_after": near[1],
         "causal": causal,
         "released": released,
+        "exact_below": exact_below,
     }
     config = {
         "lsh_attn_chunk_length": length,
@@ -79,6 +81,7 @@ def hashed(
         "num_buckets": num_buckets,
         "hash_seed": 0,
         "chunk_rule": "released" if released else "paper",
+        "exact_below": exact_below,
     }
     return Variant(options, config, causal=causal)
 
@@ -107,6 +110,7 @@ REFORMER_CASES = [
             "paper": hashed(8, 3, released=False),
             "paper ahead": hashed(9, 2, (1, 1), num_buckets=[6], released=False),
             "paper causal": hashed(8, 3, causal=True, released=False),
+            "exact below 64": hashed(8, 2, exact_below=64),
         },
         softmax_options=None,  # a token does not attend itself
     ),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..cpu import linear_maps
-from ..functional import dense_attention, softmax_attention
+from ..functional import dense_softmax_attention, softmax_attention
 
 
 if TYPE_CHECKING:
@@ -121,10 +121,7 @@ class SelfAttention(nn.Module):
         """Full softmax attention, as `attend` returns it."""
         if backend == "sdpa":
             return self.merge(softmax_attention(query, key, value, key_padding_mask, dropout_p=dropout_p)), None
-        allowed = None
-        if key_padding_mask is not None:
-            allowed = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
-        mixed, weights = dense_attention(query, key, value, allowed, dropout_p=dropout_p)
+        mixed, weights = dense_softmax_attention(query, key, value, key_padding_mask, dropout_p=dropout_p)
         return self.merge(mixed), weights
 
     def make_cache_layer(self) -> "CacheLayerMixin":

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cpu import linear_maps
-from ..functional import hash_buckets, hash_rotations, powers_of_two, table_sizes, valid_counts
+from ..functional import (
+    check_exact_below,
+    hash_buckets,
+    hash_rotations,
+    powers_of_two,
+    table_sizes,
+    valid_counts,
+)
 from .chunks import ChunkSelfAttention, check_chunks
 
 
@@ -37,6 +44,9 @@ class LSHOptions:
             last chunk of a round is also the one before the first of the next (the very last before the very first),
             and what meets in several rounds counts as often. `"paper"`: only tokens of one bucket meet, nothing is
             before the first chunk, and each pair counts once.
+        exact_below: examples of fewer valid tokens than this attend all of their tokens, without hashing, themselves
+            only where there is no other: another function, quicker where a text is short. Each example's own tokens
+            count, not the length of the batch. 0 is never; not in the causal form.
     """
 
     lsh_attn_chunk_length: int = 64
@@ -46,10 +56,12 @@ class LSHOptions:
     num_buckets: int | list[int] | tuple[int, ...] | None = None
     hash_seed: int = 0
     chunk_rule: str = "released"
+    exact_below: int = 0
 
     def check_lsh_options(self, causal: bool) -> None:
         """Raises `ValueError` for a value that breaks a rule; `causal` ones have no chunks behind."""
         check_chunks(self, "lsh", causal)
+        check_exact_below(self.exact_below, causal)
         if self.num_hashes < 1:
             raise ValueError(f"num_hashes = {self.num_hashes}: give 1 round or more.")
         if self.hash_seed < 0:
@@ -116,6 +128,7 @@ class LSHSelfAttention(ChunkSelfAttention):
 
     def __init__(self, config: Any, layer_idx: int, options: LSHOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
+        self.chunks["exact_below"] = self.options.exact_below
         self.redraws = 0
 
     def redraw_(self, count: int) -> None:

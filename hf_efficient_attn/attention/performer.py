@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import (
     KERNELS,
+    check_exact_kernel,
     dense_performer_attention,
     orthogonal_features,
     performer_attention,
@@ -35,15 +36,19 @@ class PerformerOptions:
         orthogonal: features orthogonal within blocks of `head_dim`, which lowers the error; False draws them
             independently.
         projection_seed: the projections are a pure function of this seed, the layer and the number of the redraw.
+        exact_below: examples of fewer valid tokens than this get softmax attention in place of its estimate: another
+            function, quicker where a text is short. Each example's own tokens count, not the length of the batch. 0 is
+            never; not in the causal form or with `kernel="relu"`.
     """
 
     num_features: int | None = 256
     kernel: str = "softmax"
     orthogonal: bool = True
     projection_seed: int = 0
+    exact_below: int = 0
 
-    def check_options(self) -> None:
-        """Raises `ValueError` for a value that breaks a rule."""
+    def check_options(self, causal: bool = False) -> None:
+        """Raises `ValueError` for a value that breaks a rule, or does not go with the causal form."""
         if self.num_features is not None and self.num_features < 1:
             raise ValueError(
                 f"num_features = {self.num_features}: it must be 1 or more, or None for floor(head_dim * ln(head_dim))."
@@ -52,6 +57,7 @@ class PerformerOptions:
             raise ValueError(f"kernel = {self.kernel!r}: choose one of {', '.join(KERNELS)}.")
         if self.projection_seed < 0:
             raise ValueError(f"projection_seed = {self.projection_seed}: it must be 0 or more.")
+        check_exact_kernel(self.exact_below, self.kernel, causal)
 
     def features_of(self, head_dim: int) -> int:
         """Random features a head."""
@@ -163,10 +169,11 @@ class PerformerSelfAttention(SelfAttention):
                 mixed, weights = dense_performer_attention(query, key, value, key_padding_mask, **options)
             layer.advance(after, length)
         elif backend == "eager":
-            options["causal"] = self.is_causal
+            options.update(causal=self.is_causal, exact_below=self.options.exact_below)
             mixed, weights = dense_performer_attention(query, key, value, key_padding_mask, **options)
         else:
-            mixed = performer_attention(query, key, value, key_padding_mask, causal=self.is_causal, **options)
+            options.update(causal=self.is_causal, exact_below=self.options.exact_below)
+            mixed = performer_attention(query, key, value, key_padding_mask, **options)
         return self.merge(mixed), weights
 
     def _cache_layer(self, past_key_values: "Cache") -> "RecurrentCacheLayer":

@@ -9,9 +9,10 @@ from .big_bird import big_bird_attention, blocks_in_reach, dense_big_bird_attent
 from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
-from .dense import dense_attention, softmax_attention
+from .dense import dense_attention, dense_softmax_attention, softmax_attention
 from .dense_execution import dense_execution
-from .favor import dense_performer_attention, performer_attention, performer_step
+from .exact_rows import check_exact_below
+from .favor import check_exact_kernel, dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
 from .grid_window import grid_window_allowed, grid_window_attention
@@ -33,6 +34,8 @@ __all__ = [
     "TokenSlots",
     "big_bird_attention",
     "blocks_in_reach",
+    "check_exact_below",
+    "check_exact_kernel",
     "chunk_attention",
     "cpu_add_nearby",
     "count_blocks",
@@ -43,6 +46,7 @@ __all__ = [
     "dense_execution",
     "dense_nystrom_attention",
     "dense_performer_attention",
+    "dense_softmax_attention",
     "flex_sliding_window_attention",
     "gather_tokens",
     "grid_window_allowed",

@@ -1,12 +1,15 @@
 """Attention of chunks to neighbouring chunks, of the text as it is or sorted by bucket, in one round or several."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .chunk_cpu import cpu_chunk_attention
 from .chunk_plan import EXCLUDED, SELF_PENALTY, ChunkPlan, cut, meeting_counts, plan_chunks, valid_counts
-from .dense import masked_softmax
+from .dense import masked_softmax, padded_attention
+from .exact_rows import attend_others, attend_short_rows, check_exact_below, join_short_rows
 from .inputs import check_qkv, zero_padding
 
 
@@ -94,6 +97,7 @@ def chunk_attention(
     causal: bool,
     released: bool,
     exclude_self: bool,
+    exact_below: int = 0,
 ) -> Tensor:
     """Softmax attention of each token to its chunk and neighbouring chunks.
 
@@ -115,12 +119,14 @@ def chunk_attention(
             rounds counts as often. Otherwise as in the paper: only tokens of its own bucket, nothing before the first
             chunk, and each pair counts once.
         exclude_self: a token attends itself only where it may attend nothing else.
+        exact_below: examples of fewer valid tokens attend all of theirs instead, which is another function. Not in the
+            causal form.
 
     Returns:
         As `query`, 0 at padding.
 
     Raises:
-        ValueError: shapes that do not fit, a chunk without tokens.
+        ValueError: shapes that do not fit, a chunk without tokens, `exact_below` in the causal form.
 
     Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(rounds * length * (chunk + log length)), memory O(rounds *
     length * chunk) or, on a CPU with `released` or without `buckets`, O(rounds * length).
@@ -130,6 +136,11 @@ def chunk_attention(
     options = {"scale": scale, "dropout_p": dropout_p, "buckets": buckets, "chunk_length": chunk_length}
     options |= {"chunks_before": chunks_before, "chunks_after": chunks_after, "causal": causal, "released": released}
     options |= {"exclude_self": exclude_self}
+    if exact_below != 0:
+        check_exact_below(exact_below, causal)
+        exact = partial(attend_others if exclude_self else padded_attention, scale=scale, dropout_p=dropout_p)
+        estimate = partial(chunk_attention, **options)
+        return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below)
     if queries < length:
         if queries <= _FEW_QUERIES:
             return dense_chunk_attention(query, key, value, key_padding_mask, **options)[0]
@@ -204,6 +215,7 @@ def dense_chunk_attention(
     causal: bool,
     released: bool,
     exclude_self: bool,
+    exact_below: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`chunk_attention` with the whole matrix in memory; arguments and errors as there.
 
@@ -215,6 +227,15 @@ def dense_chunk_attention(
     Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451. Time O(rounds^2 * queries * length), memory O(queries * length).
     """
     _check(query, key, value, key_padding_mask, buckets, chunk_length, chunks_before, chunks_after, causal)
+    if exact_below != 0:
+        check_exact_below(exact_below, causal)
+        options = {"scale": scale, "dropout_p": dropout_p, "causal": causal, "released": released}
+        options |= {"exclude_self": exclude_self, "chunks_before": chunks_before, "chunks_after": chunks_after}
+        estimate, exact = (
+            dense_chunk_attention(query, key, value, key_padding_mask, buckets=x, chunk_length=size, **options)
+            for x, size in ((buckets, chunk_length), (None, key.shape[2]))  # the second has one chunk of all tokens
+        )
+        return join_short_rows(estimate, exact, key_padding_mask, exact_below)
     queries, length = query.shape[2], key.shape[2]
     own_mask = None if key_padding_mask is None else key_padding_mask[:, -queries:]
     query = zero_padding(query, own_mask)

@@ -86,6 +86,23 @@ def _biased_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
+def dense_softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`softmax_attention` and its weights as `dense_attention` returns them, 0 at padding too."""
+    allowed = None
+    if key_padding_mask is not None:
+        allowed = key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
+        query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
+    return dense_attention(query, key, value, allowed, scale=scale, dropout_p=dropout_p)
+
+
 def padded_attention(
     query: Tensor,
     key: Tensor,

@@ -1,10 +1,14 @@
 """FAVOR+: attention through positive random features, linear in length, with a causal form and its constant state."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..cpu import without_autocast
+from .dense import dense_softmax_attention, padded_attention
+from .exact_rows import attend_short_rows, check_exact_below, join_short_rows
 from .favor_causal import PerformerState, causal_sums, empty_state
 from .favor_cpu import cpu_performer_attention
 from .favor_features import FeatureMap, finite, make_feature_map, ratio
@@ -22,6 +26,7 @@ def performer_attention(
     projection: Tensor,
     kernel: str = "softmax",
     causal: bool = False,
+    exact_below: int = 0,
 ) -> Tensor:
     """`sum_j phi(q_i) phi(k_j) v_j / sum_j phi(q_i) phi(k_j)` over the keys, in the causal form over those `j <= i`.
 
@@ -47,12 +52,15 @@ def performer_attention(
         projection: `[features, head_dim]`, such as `orthogonal_features` gives.
         kernel: "softmax" or "relu".
         causal: attend no key after the query.
+        exact_below: examples of fewer valid tokens get softmax attention instead, which is another function; there
+            `dropout_p` is dropout of its probabilities. Not in the causal form or for "relu".
 
     Returns:
         As `query`, 0 at padding.
 
     Raises:
-        ValueError: shapes that do not fit, another kernel, a scale that is not positive.
+        ValueError: shapes that do not fit, another kernel, a scale that is not positive, an `exact_below` that does
+            not go with the rest.
 
     Choromanski et al. 2020, arXiv 2009.14794. Time O(length * features * head_dim), memory O(length * features). On a
     CPU in eager mode the bidirectional form keeps only O(length * head_dim) for the backward pass. The causal form
@@ -60,6 +68,12 @@ def performer_attention(
     (length / 128)^2 * features * head_dim multiply-adds on top.
     """
     check_qkv(query, key, value, key_padding_mask, last_queries=causal)
+    if exact_below != 0:
+        check_exact_kernel(exact_below, kernel, causal)
+        shared = {"scale": scale, "dropout_p": dropout_p}
+        estimate = partial(performer_attention, projection=projection, kernel=kernel, **shared)
+        exact = partial(padded_attention, **shared)
+        return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below)
     features = make_feature_map(query, projection, kernel, scale)
     queries, length = query.shape[2], key.shape[2]
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
@@ -77,6 +91,16 @@ def performer_attention(
             query, key = features.pair(query, key, key_padding_mask)
             mixed = ratio(torch.matmul(query, torch.matmul(key.transpose(-1, -2), _with_ones(value))))
     return zero_padding(mixed.to(dtype), query_mask)
+
+
+def check_exact_kernel(exact_below: int, kernel: str, causal: bool) -> None:
+    """Raises `ValueError` for an `exact_below` that breaks a rule, or does not go with the kernel or the form."""
+    check_exact_below(exact_below, causal)
+    if exact_below > 0 and kernel != "softmax":
+        raise ValueError(
+            f"exact_below = {exact_below} with kernel = {kernel!r}: only kernel = 'softmax' estimates softmax "
+            "attention; set it to 0."
+        )
 
 
 def performer_step(
@@ -128,6 +152,7 @@ def dense_performer_attention(
     kernel: str = "softmax",
     causal: bool = False,
     state: PerformerState | None = None,
+    exact_below: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The same function as `performer_attention`, or with a `state` as `performer_step`, with the matrix in memory.
 
@@ -141,6 +166,14 @@ def dense_performer_attention(
     Time O(length^2 * features), memory O(length^2).
     """
     check_qkv(query, key, value, key_padding_mask)
+    if exact_below != 0:
+        check_exact_kernel(exact_below, kernel, causal)
+        shared = {"scale": scale, "dropout_p": dropout_p}
+        estimate, exact = (
+            dense_performer_attention(query, key, value, key_padding_mask, projection=projection, **shared),
+            dense_softmax_attention(query, key, value, key_padding_mask, **shared),
+        )
+        return join_short_rows(estimate, exact, key_padding_mask, exact_below)
     features = make_feature_map(query, projection, kernel, scale)
     dtype, length = query.dtype, query.shape[2]
     with without_autocast(query.device):

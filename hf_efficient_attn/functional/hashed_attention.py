@@ -1,10 +1,14 @@
 """LSH attention for queries and keys of their own: a query attends keys near its bucket in the keys' sorted order."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .chunk_plan import EXCLUDED, valid_counts
+from .dense import padded_attention
+from .exact_rows import attend_short_rows, check_exact_below
 from .inputs import check_qkv, count_blocks, zero_padding
 
 
@@ -25,6 +29,7 @@ def hashed_attention(
     chunk_length: int,
     chunks_before: int,
     chunks_after: int,
+    exact_below: int = 0,
 ) -> Tensor:
     """Softmax attention of each query over keys that hashing puts near it, in one round or several.
 
@@ -47,12 +52,13 @@ def hashed_attention(
         query_buckets, key_buckets: int64 `[batch, heads, rounds, length]` from one hash, such as `hash_buckets` gives.
         chunk_length: queries of a chunk, 1 or more.
         chunks_before, chunks_after: how much further than a chunk the window reaches, in chunks.
+        exact_below: examples of fewer valid tokens get full softmax attention instead, which is another function.
 
     Returns:
         As `query`, 0 at padding.
 
     Raises:
-        ValueError: shapes that do not fit, a chunk without tokens.
+        ValueError: shapes that do not fit, a chunk without tokens, a negative `exact_below`.
 
     After Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451, section 2, and, for separate queries and keys, Daras et al.
     2020, arXiv 2010.05315. Time O(rounds * length * (window + log length)), memory O(rounds * length * window) or, in
@@ -69,6 +75,20 @@ def hashed_attention(
         raise ValueError(f"chunk_length = {chunk_length}: a chunk has 1 token or more.")
     if min(chunks_before, chunks_after) < 0:
         raise ValueError(f"chunks_before = {chunks_before} and chunks_after = {chunks_after} must be 0 or more.")
+    if exact_below != 0:
+        check_exact_below(exact_below, causal=False)
+        shared = {"scale": scale, "dropout_p": dropout_p}
+        estimate = partial(
+            hashed_attention,
+            query_buckets=query_buckets,
+            key_buckets=key_buckets,
+            chunk_length=chunk_length,
+            chunks_before=chunks_before,
+            chunks_after=chunks_after,
+            **shared,
+        )
+        exact = partial(padded_attention, **shared)
+        return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below)
     length, compiling = query.shape[2], torch.compiler.is_compiling()
     window = (chunks_before + 1 + chunks_after) * chunk_length
     window = window if compiling else min(window, length)

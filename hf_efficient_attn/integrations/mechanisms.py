@@ -158,7 +158,8 @@ def _performer(call: Call, options: PerformerOptions) -> Tensor:
         seed=options.projection_seed,
         device=call.query.device,
     )
-    options = {"projection": projection, "kernel": options.kernel, "causal": call.causal}
+    options = {"projection": projection, "kernel": options.kernel, "exact_below": options.exact_below}
+    options["causal"] = call.causal
     return performer_attention(*call.tensors, **options, **call.shared)
 
 
@@ -185,6 +186,7 @@ def _lsh(call: Call, options: LSHOptions) -> Tensor:
         chunk_length=options.lsh_attn_chunk_length,
         chunks_before=options.lsh_num_chunks_before,
         chunks_after=options.lsh_num_chunks_after,
+        exact_below=options.exact_below,
         **call.shared,
     )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import padding, project
+from .common import padding, project, softmax
 
 
 def performer_weights(
@@ -35,14 +35,17 @@ def performer(
     projection: Tensor,
     kernel: str = "softmax",
     causal: bool = False,
+    exact_below: int = 0,
 ) -> Tensor:
-    """`weights @ value`; if causal of the keys up to the query."""
+    """`weights @ value`; if causal of the keys up to the query. Examples below `exact_below` have softmax attention."""
     batch, heads, length, _ = query.shape
     allowed = padding(keep, batch, heads, length)
     if causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
     weights = performer_weights(query, key, allowed, projection=projection.to(query.dtype), kernel=kernel)
-    return torch.einsum("bhij,bhjd->bhid", weights, value)
+    mixed = torch.einsum("bhij,bhjd->bhid", weights, value)
+    counts = torch.full((batch,), length) if keep is None else keep.sum(dim=1)
+    return torch.where((counts < exact_below)[:, None, None, None], softmax(query, key, value, keep), mixed)
 
 
 def performer_module(
@@ -51,10 +54,9 @@ def performer_module(
     keep: Tensor | None,
     *,
     heads: int,
-    kernel: str = "softmax",
-    causal: bool = False,
+    **options: object,
 ) -> Tensor:
     """Performer's self-attention with the projection that the module has."""
     parts = (project(weights, name, states, heads) for name in ("query", "key", "value"))
-    mixed = performer(*parts, keep, projection=weights["projection"], kernel=kernel, causal=causal)
+    mixed = performer(*parts, keep, projection=weights["projection"], **options)
     return mixed.permute(0, 2, 1, 3).flatten(2)

@@ -107,11 +107,17 @@ def lsh(
     num_buckets: list[int] | None,
     sizes: tuple[int, ...],
     limit: int,
+    exact_below: int = 0,
     **chunks: object,
 ) -> Tensor:
-    """LSH attention with the buckets of `key`; `chunks` are arguments of `chunk_pairs`."""
+    """LSH attention with the buckets of `key`; `chunks` are arguments of `chunk_pairs`.
+
+    Examples of fewer than `exact_below` tokens meet all of their tokens once.
+    """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor) -> Tensor:
+        if len(tokens) < exact_below:
+            return attend_pairs(query, key, value, torch.ones(query.shape[0], len(tokens), len(tokens)), 1e5)
         factors = num_buckets or bucket_factors(len(tokens), chunks["chunk_length"], limit)
         counts = chunk_pairs(angular_buckets(key, rotations, factors, sizes), **chunks)
         return attend_pairs(query, key, value, counts, 1e5)

@@ -47,7 +47,7 @@ class EffPerformerConfig(PerformerOptions, EffEncoderConfig):
     def check(self) -> None:
         """Raises `ValueError` for a value that breaks a rule."""
         super().check()
-        self.check_options()
+        self.check_options(self.is_decoder)
 
 
 __all__ = ["EffPerformerConfig"]
