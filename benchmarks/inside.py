@@ -7,7 +7,7 @@ Two layers of base size, as `benchmarks/longformer.py` measures its own. The mod
 BERT with `attn_implementation="eff:..."`; `eff_...` are families of ours, to which a BERT can be converted.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
+from hf_efficient_attn.bench import PASSES, Comparison, Study, run_script, study_app
 
 
 BERT = "bert"
@@ -17,7 +17,7 @@ STUDY = Study(
     "inside",
     kinds=(*INSIDE, *FAMILIES, BERT),
     targets=tuple(
-        Comparison("speed", mode, length, kind, BERT) for kind in INSIDE for length in (4096, 16384) for mode in MODES
+        Comparison("speed", mode, length, kind, BERT) for kind in INSIDE for length in (4096, 16384) for mode in PASSES
     ),
     lengths="512,4096,16384",
     quick_lengths="512,2048",

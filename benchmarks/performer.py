@@ -7,7 +7,7 @@ Two layers of base size with 256 random features, as `benchmarks/longformer.py` 
 against performer-pytorch: `benchmarks/performer_attention.py`.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
+from hf_efficient_attn.bench import PASSES, Comparison, Study, run_script, study_app
 
 
 OURS, BERT = "eff_performer", "bert"
@@ -18,9 +18,9 @@ STUDY = Study(
         *(
             Comparison("speed", mode, length, OURS, BERT, at_least=1.0)
             for length in (2048, 4096, 16384)
-            for mode in MODES
+            for mode in PASSES
         ),
-        *(Comparison("time", mode, 16384, OURS, OURS, other_length=4096, at_most=4.3) for mode in MODES),
+        *(Comparison("time", mode, 16384, OURS, OURS, other_length=4096, at_most=4.3) for mode in PASSES),
     ),
 )
 app = study_app(STUDY)

@@ -10,16 +10,16 @@ Two layers of base size, one local and one LSH, with chunks of 64 and one round 
 reformer-pytorch: `benchmarks/reformer_peer.py`.
 """
 
-from hf_efficient_attn.bench import MODES, Comparison, Study, run_script, study_app
+from hf_efficient_attn.bench import PASSES, Comparison, Study, run_script, study_app
 
 
 OURS, IN_TREE, BERT = "eff_reformer", "reformer", "bert"
 TARGETS = (
     *(Comparison("speed", "forward", length, OURS, IN_TREE, at_least=1.0) for length in (4096, 16384)),
     *(Comparison("speed", "train", length, OURS, IN_TREE, at_least=1.15) for length in (4096, 16384)),
-    *(Comparison("memory", mode, 4096, OURS, IN_TREE) for mode in MODES),
-    *(Comparison("speed", mode, length, OURS, BERT) for length in (4096, 16384) for mode in MODES),
-    *(Comparison("time", mode, 65536, OURS, OURS, 16384, at_most=4.6) for mode in MODES),
+    *(Comparison("memory", mode, 4096, OURS, IN_TREE) for mode in PASSES),
+    *(Comparison("speed", mode, length, OURS, BERT) for length in (4096, 16384) for mode in PASSES),
+    *(Comparison("time", mode, 65536, OURS, OURS, 16384, at_most=4.6) for mode in PASSES),
 )
 STUDY = Study("reformer", (OURS, IN_TREE, BERT), TARGETS, lengths="4096,16384,65536")
 app = study_app(STUDY)

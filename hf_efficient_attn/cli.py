@@ -65,7 +65,8 @@ def demo(
 def bench(
     families: Annotated[str, typer.Option(help="Model kinds, separated by commas.")] = "eff_longformer,longformer,bert",
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "1024,4096,16384",
-    modes: Annotated[str, typer.Option(help="forward, train or both.")] = "forward,train",
+    modes: Annotated[str, typer.Option(help="Some of forward, train and generate.")] = "forward,train",
+    task: Annotated[str, typer.Option(help="classification, base (no head) or masked_lm.")] = "classification",
     windows: Annotated[str, typer.Option(help="Attention windows (total, even), separated by commas.")] = "128",
     hidden_size: Annotated[int, typer.Option(help="Hidden size.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers.")] = 2,
@@ -74,6 +75,8 @@ def bench(
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd, for training steps.")] = "adamw",
     repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 5,
@@ -85,6 +88,7 @@ def bench(
 ) -> None:
     """Measure time and peak memory of model kinds over length, each case in a process of its own, within bounds.
 
+    Models that should be equal are compared first; where their outputs differ nothing is measured.
     What goes past a bound is reported as 'over time' or 'over memory'.
     What is predicted to go past, from the shorter lengths, is not started.
     """
@@ -93,6 +97,7 @@ def bench(
             GIB,
             Bounds,
             ModelSize,
+            agreement_lines,
             describe,
             make_cases,
             memory_bound,
@@ -110,7 +115,8 @@ def bench(
             ModelSize(hidden_size, layers, heads, intermediate_size or 4 * hidden_size, vocab_size, window)
             for window in split_numbers("windows", windows)
         ]
-        common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer}
+        common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer, "task": task}
+        common |= {"device": device, "checkpointing": checkpointing}
         cases = make_cases(
             split_names(families), split_numbers("lengths", lengths), split_names(modes), sizes, **common
         )
@@ -120,6 +126,8 @@ def bench(
             f"{len(cases)} cases, at most {max_seconds:g} s a pass and {memory / GIB:.1f} GiB a process; "
             f"the time is the median of {repeats} runs."
         )
+        for line in agreement_lines(cases):
+            typer.echo(line)
         results = run_cases(cases, bounds, repeats=repeats, on_result=lambda result: typer.echo(describe(result)))
         print_tables(results)
         if output_dir is not None:

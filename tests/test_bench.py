@@ -40,8 +40,8 @@ from hf_efficient_attn.bench import (
     write_csv,
 )
 from hf_efficient_attn.bench.memory import PeakMemory, resident_bytes
+from hf_efficient_attn.bench.models import build_inputs, build_model
 from hf_efficient_attn.bench.prediction import extrapolate, predict
-from hf_efficient_attn.bench.step import build_inputs, build_model
 from hf_efficient_attn.cli import app
 
 

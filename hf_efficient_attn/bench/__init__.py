@@ -5,7 +5,7 @@ Each case runs in a process of its own; see `run_cases`.
 
 from ..extras import require_extras
 from .agreement import check_outputs, output_difference
-from .cases import DTYPES, MODES, Bounds, Case, ModelSize, Result, make_cases
+from .cases import DEVICES, DTYPES, MODES, PASSES, TASKS, Bounds, Case, ModelSize, Result, make_cases
 from .environment import environment_line
 from .kinds import KINDS, Kind
 from .measure import run_cases
@@ -13,17 +13,20 @@ from .memory import GIB, MIB, available_bytes
 from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
-from .study import BASE, Study, run_script, study_app
+from .study import BASE, Study, agreement_lines, run_script, study_app
 from .turns import forward_or_gradients, take_turns
 
 
 __all__ = [
     "BASE",
+    "DEVICES",
     "DTYPES",
     "GIB",
     "KINDS",
     "MIB",
     "MODES",
+    "PASSES",
+    "TASKS",
     "Bounds",
     "Case",
     "Comparison",
@@ -31,6 +34,7 @@ __all__ = [
     "ModelSize",
     "Result",
     "Study",
+    "agreement_lines",
     "available_bytes",
     "check_outputs",
     "describe",

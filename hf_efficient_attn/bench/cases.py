@@ -11,10 +11,12 @@ from typing import Any
 from .kinds import KINDS
 
 
-MODES = ("forward", "train")
+PASSES = ("forward", "train")
+MODES = (*PASSES, "generate")
+DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "sgd")
-TASKS = ("classification", "base")
+TASKS = ("classification", "base", "masked_lm")
 GLOBAL_TOKENS = ("none", "cls")
 OK, OVER_MEMORY, OVER_TIME, FAILED, NO_TIME = "ok", "over memory", "over time", "failed", "no time left"
 
@@ -63,20 +65,24 @@ class Case:
     Args:
         kind: a key of `KINDS`.
         length: tokens in each example; all of them valid, no padding.
-        mode: "forward" (eval mode, no gradients) or "train" (forward, backward and optimizer step, dropout as the
-            config has it).
+        mode: "forward" (eval mode, no gradients), "train" (forward, backward and optimizer step, dropout as the
+            config has it) or "generate" (new tokens behind a text of that length that has been read, greedy, with a
+            cache, by the kind's causal language model whatever the task).
         size: the model's size.
         dtype: of weights and activations.
         threads: CPU threads; None leaves torch's default.
         batch_size: examples a pass.
         optimizer: "adamw" or "sgd" (plain, without momentum); for "train" only.
         seed: of the token ids and the weights; parameters of one name and shape are equal in all kinds.
-        task: "classification", or "base" for the model without a head, whose loss is a mean of its last hidden state.
+        task: "classification"; "masked_lm", with labels for 15 % of the tokens and, where the config has that field,
+            `skip_logits=True`; or "base" for the model without a head, whose loss is a mean of its last hidden state.
         global_tokens: "cls" for one global token, the first, or "none"; None leaves it to the task's default.
             Kinds without global tokens ignore it.
+        checkpointing: gradient checkpointing, for "train".
+        device: "cpu", or "cuda" for torch's current GPU, whose own memory is what counts there.
 
     Raises:
-        ValueError: a name that is not known or a number that is not positive.
+        ValueError: a name that is not known, a number that is not positive, or generation by a kind that is not causal.
     """
 
     kind: str
@@ -90,6 +96,8 @@ class Case:
     seed: int = 0
     task: str = "classification"
     global_tokens: str | None = None
+    checkpointing: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
@@ -97,6 +105,7 @@ class Case:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("task", self.task, TASKS)
+        _one_of("device", self.device, DEVICES)
         _positive("length", self.length)
         _positive("batch_size", self.batch_size)
         if self.global_tokens is not None:
@@ -105,6 +114,9 @@ class Case:
             _positive("threads", self.threads)
         if KINDS[self.kind].windowed and self.size.attention_window is None:
             raise ValueError(f"{self.kind} needs an attention_window, but its size has None: pass an even width.")
+        if self.mode == "generate" and not KINDS[self.kind].causal:
+            able = ", ".join(name for name, kind in KINDS.items() if kind.causal)
+            raise ValueError(f"{self.kind} has no causal form to generate with: choose among {able}.")
 
     @property
     def series(self) -> Case:
@@ -155,7 +167,7 @@ class Result:
         predicted: the case was not started, its status is an extrapolation from smaller lengths.
         seconds: each timed run, in order.
         peak_bytes: peak resident memory of the warm-up and the timed runs, less the resident memory after the model
-            was built; None where the system does not tell.
+            was built; of generation the bytes of the cache; None where the system does not tell.
         base_bytes: resident memory after the model was built.
         detail: the reason, for anything but "ok".
     """
@@ -196,7 +208,7 @@ def describe_global_tokens(chosen: str) -> str:
 def make_cases(
     kinds: Iterable[str],
     lengths: Iterable[int],
-    modes: Iterable[str] = MODES,
+    modes: Iterable[str] = PASSES,
     sizes: Iterable[ModelSize] = (ModelSize(),),
     global_tokens: Iterable[str | None] = (None,),
     **common: Any,
@@ -206,7 +218,7 @@ def make_cases(
     Args:
         kinds: keys of `KINDS`.
         lengths: tokens; measured from the shortest to the longest.
-        modes: "forward", "train" or both.
+        modes: some of `MODES`.
         sizes: model sizes; kinds without a window take those that differ only in their window once.
         global_tokens: values of that field; kinds without global tokens are measured once.
         common: further fields of `Case`, the same for all.

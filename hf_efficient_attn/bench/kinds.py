@@ -26,6 +26,7 @@ class Kind:
         layer_fields: config fields with an entry for each layer, as a pattern to repeat.
         size_fields: the config's own names for fields of a size.
         length_field: the config's name for the one length that its inputs have.
+        causal: there is a causal form, which generation is measured of.
         primes: a tiny run before the measured ones is possible and leaves the model as it was; else another model,
             a small one, makes it.
         note: what to know when its figures are compared with others'.
@@ -44,6 +45,7 @@ class Kind:
     layer_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     size_fields: Mapping[str, str] = field(default_factory=dict)
     length_field: str | None = None
+    causal: bool = False
     primes: bool = True
     note: str = ""
 
@@ -62,7 +64,7 @@ def _inside_bert(name: str, note: str) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "eff_longformer": Kind("eff_longformer", same_as="longformer", **_LONGFORMER),
+    "eff_longformer": Kind("eff_longformer", same_as="longformer", causal=True, **_LONGFORMER),
     "longformer": Kind("longformer", **_LONGFORMER),
     "eff_big_bird": Kind(
         "eff_big_bird",
@@ -102,6 +104,7 @@ KINDS: dict[str, Kind] = {
         "eff_performer",
         quadratic=False,
         windowed=False,
+        causal=True,
         note="256 features, softmax kernel, no dropout of attention, as its config has it by default",
     ),
     "eff_reformer": Kind(
@@ -110,6 +113,7 @@ KINDS: dict[str, Kind] = {
         windowed=False,
         fields=_REFORMER,
         layer_fields=_REFORMER_LAYERS,
+        causal=True,
         note="local and LSH layers in turn, chunks of 64, one round of hashing, dropout 0.05, reversible",
     ),
     "eff_reformer_kept": Kind(
@@ -129,7 +133,7 @@ KINDS: dict[str, Kind] = {
         size_fields={"intermediate_size": "feed_forward_size"},
         note="as eff_reformer",
     ),
-    "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa"),
+    "bert": Kind("bert", quadratic=True, windowed=False, attn_implementation="sdpa", causal=True),
     "bert_sliding_window": _inside_bert("sliding_window", "BERT with eff:sliding_window, total width 512"),
     "bert_block_sparse": _inside_bert("block_sparse", "BERT with eff:block_sparse, blocks of 64, 3 random ones"),
     "bert_nystrom": _inside_bert("nystrom", "BERT with eff:nystrom, 64 landmarks"),

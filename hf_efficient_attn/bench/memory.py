@@ -91,6 +91,57 @@ class PeakMemory:
             self._stop = self._thread = None
 
 
+class ResidentMeter:
+    """What runs need above the resident memory there was at the start."""
+
+    def __init__(self) -> None:
+        self._peak, self._base = PeakMemory(), None
+
+    def start(self) -> int | None:
+        """Begin; the bytes there are now."""
+        self._peak.reset()
+        self._base = resident_bytes()
+        return self._base
+
+    def wait(self) -> None:
+        """Until what was started has ended."""
+
+    def peak_above(self) -> int | None:
+        """Bytes of the peak above those at the start; None where nothing tells."""
+        highest = self._peak.read()
+        return None if self._base is None or highest is None else max(highest - self._base, 0)
+
+
+class CudaMeter:
+    """The same of torch's current GPU: the memory that torch has given out."""
+
+    def start(self) -> int:
+        """As of `ResidentMeter`."""
+        import torch
+
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        self._base = torch.cuda.memory_allocated()
+        return self._base
+
+    def wait(self) -> None:
+        """Until the GPU has nothing more to do."""
+        import torch
+
+        torch.cuda.synchronize()
+
+    def peak_above(self) -> int:
+        """As of `ResidentMeter`."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() - self._base
+
+
+def make_meter(device: str) -> ResidentMeter | CudaMeter:
+    """What measures the memory that counts on a device, "cpu" or "cuda"."""
+    return CudaMeter() if device == "cuda" else ResidentMeter()
+
+
 def _reset_high_water() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")

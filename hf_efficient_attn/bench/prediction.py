@@ -36,12 +36,15 @@ def predict(case: Case, earlier: Iterable[Result], bounds: Bounds) -> Result | N
 def extrapolate(points: Sequence[tuple[int, float]], case: Case) -> float:
     """What `points` of (length, value), the longest last, say about the longer `case`.
 
-    Linear kinds grow in proportion from the last point. Quadratic kinds follow `b L + c L^2`, because the linear part
-    still counts at short lengths: through the last two points (neither part negative), or through the only one with the
-    shares of a Transformer layer's multiplications, `L (2 hidden + intermediate)` to `L^2`.
+    Generation is a token's work: of linear kinds the same at any length, of quadratic ones at most in proportion.
+    Otherwise linear kinds grow in proportion from the last point. Quadratic kinds follow `b L + c L^2`, because the
+    linear part still counts at short lengths: through the last two points (neither part negative), or through the only
+    one with the shares of a Transformer layer's multiplications, `L (2 hidden + intermediate)` to `L^2`.
     """
     last, value = points[-1]
     length, size = case.length, case.size
+    if case.mode == "generate":
+        return value * (length / last if KINDS[case.kind].quadratic else 1.0)
     if not KINDS[case.kind].quadratic:
         return value * length / last
     if len(points) == 1:

@@ -9,15 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cases import OK, Case, Result
+from .crossover import find_crossovers
 from .memory import MIB
+from .models import NEW_TOKENS
 
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MODE_NAMES = {"forward": "forward pass", "train": "training step"}
-COLUMNS = ("tokens", "model", "median s (min - max)", "x", "peak MiB", "x")
+MODE_NAMES = {"forward": "forward pass", "train": "training step", "generate": f"{NEW_TOKENS} new tokens"}
+_GENERATION = f"{NEW_TOKENS} new tokens behind a text"
+
+
+def _columns(mode: str) -> tuple[str, ...]:
+    memory = "cache MiB" if mode == "generate" else "peak MiB"
+    return ("tokens", "model", "median s (min - max)", "x", memory, "x")
+
+
+def _title(mode: str) -> str:
+    if mode == "generate":
+        return f"Time of {_GENERATION}, memory of the cache"
+    return f"Time and peak memory of one {MODE_NAMES[mode]}"
 
 
 def describe(result: Result) -> str:
@@ -38,19 +51,21 @@ def print_tables(results: Sequence[Result], console: Console | None = None) -> N
     from rich.console import Console
 
     console = console or Console()
-    for mode, name in MODE_NAMES.items():
+    for mode in MODE_NAMES:
         chosen = sorted((r for r in results if r.case.mode == mode), key=lambda result: result.case.length)
         if chosen:
-            console.print(_table(chosen, name))
+            console.print(_table(chosen, mode))
+            for line in crossover_lines(chosen):
+                console.print(line, highlight=False, soft_wrap=True)
             console.print()
 
 
-def _table(results: Sequence[Result], name: str) -> Table:
+def _table(results: Sequence[Result], mode: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(
-        title=f"Time and peak memory of one {name}",
+        title=_title(mode),
         caption=_caption(results),
         title_justify="left",
         caption_justify="left",
@@ -58,7 +73,7 @@ def _table(results: Sequence[Result], name: str) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for column in COLUMNS:
+    for column in _columns(mode):
         table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for index, result in enumerate(results):
         last = index + 1 == len(results) or results[index + 1].case.length != result.case.length
@@ -72,10 +87,18 @@ def markdown_tables(results: Sequence[Result]) -> str:
     for mode, name in MODE_NAMES.items():
         chosen = sorted((r for r in results if r.case.mode == mode), key=lambda result: result.case.length)
         if chosen:
-            lines += [f"### One {name}", "", f"| {' | '.join(COLUMNS)} |", "| ---: | --- | ---: | ---: | ---: | ---: |"]
+            heading = _GENERATION if mode == "generate" else f"One {name}"
+            lines += [f"### {heading}", "", f"| {' | '.join(_columns(mode))} |"]
+            lines += ["| ---: | --- | ---: | ---: | ---: | ---: |"]
             lines += [f"| {' | '.join(_cells(result, chosen))} |" for result in chosen]
-            lines += ["", f"{_caption(chosen)}.", ""]
+            lines += ["", f"{_caption(chosen)}.", "", *(f"- {line}" for line in crossover_lines(chosen)), ""]
     return "\n".join(lines)
+
+
+def crossover_lines(results: Sequence[Result]) -> list[str]:
+    """For each mode and series from what length on it is quicker than the quadratic baseline, if there is one."""
+    labels = _labels(results)
+    return [f"{MODE_NAMES[mode]}: {x.describe(labels)}" for mode in MODE_NAMES for x in find_crossovers(results, mode)]
 
 
 def _caption(results: Sequence[Result]) -> str:
@@ -111,7 +134,8 @@ def write_csv(results: Sequence[Result], path: str | Path) -> Path:
 def plot(results: Sequence[Result], path: str | Path, title: str = "") -> Path:
     """Draw time and peak memory over length, one row a mode, and save it as an image.
 
-    Cases past the bounds are listed in a corner.
+    A cross marks from where on a series is quicker than the quadratic baseline; cases past the bounds are listed in a
+    corner.
 
     Returns:
         The path.
@@ -134,7 +158,9 @@ def plot(results: Sequence[Result], path: str | Path, title: str = "") -> Path:
     for row, mode in enumerate(modes):
         chosen = [result for result in results if result.case.mode == mode]
         _draw(axes[row][0], chosen, f"{MODE_NAMES[mode]}: time", "seconds (bar: min to max)", _time_point)
-        _draw(axes[row][1], chosen, f"{MODE_NAMES[mode]}: peak memory", "MiB above the built model", _memory_point)
+        _mark_crossovers(axes[row][0], chosen)
+        words = ("cache", "MiB") if mode == "generate" else ("peak memory", "MiB above the built model")
+        _draw(axes[row][1], chosen, f"{MODE_NAMES[mode]}: {words[0]}", words[1], _memory_point)
     axes[0][0].legend(fontsize="small")
     if title:
         figure.suptitle(title)
@@ -165,6 +191,14 @@ def _draw(axis: Any, results: Sequence[Result], title: str, unit: str, point: An
         axis.set_ylim(min(drawn) / 2, max(drawn) * 2)
     # Curves rise to the right, so this corner is free.
     axis.text(0.98, 0.03, "\n".join(notes), transform=axis.transAxes, fontsize="x-small", ha="right", va="bottom")
+
+
+def _mark_crossovers(axis: Any, results: Sequence[Result]) -> None:
+    colors = {series: f"C{index}" for index, series in enumerate(_labels(results))}
+    for crossover in find_crossovers(results, results[0].case.mode):
+        if crossover.length is not None and not crossover.everywhere:
+            place = {"color": colors[crossover.series], "markeredgecolor": "black", "zorder": 5}
+            axis.plot([crossover.length], [crossover.seconds], marker="X", markersize=9, linestyle="", **place)
 
 
 def _time_point(result: Result) -> tuple[float, float, float] | None:
@@ -217,4 +251,7 @@ def _seconds(result: Result) -> str:
 
 
 def _mebibytes(result: Result) -> str:
-    return "?" if result.peak_bytes is None else f"{result.peak_bytes / MIB:,.0f}"
+    if result.peak_bytes is None:
+        return "?"
+    value = result.peak_bytes / MIB
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"

@@ -10,14 +10,14 @@ import typer
 
 from ..extras import require_extras
 from .agreement import check_outputs
-from .cases import MODES, Bounds, Case, ModelSize, Result, make_cases
+from .cases import PASSES, Bounds, Case, ModelSize, Result, make_cases
 from .environment import environment_line
 from .kinds import KINDS
 from .measure import run_cases
 from .memory import MIB
 from .options import memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
-from .report import describe, markdown_tables, print_tables, write_csv
+from .report import describe, markdown_tables, plot, print_tables, write_csv
 
 
 BASE = ModelSize(768, 2, 12, 3072, 30522, attention_window=512)
@@ -39,8 +39,9 @@ class Study:
         script: its name in `benchmarks/`.
         kinds: keys of `KINDS`; the first is the one that the study is about.
         targets: the ratios to form.
-        lengths, quick_lengths: tokens, separated by commas.
+            lengths, quick_lengths: tokens, separated by commas.
         global_tokens: choices of global tokens; None leaves them to the task.
+        modes: what is measured, some of `MODES`.
     """
 
     script: str
@@ -49,6 +50,7 @@ class Study:
     lengths: str = "1024,2048,4096,16384"
     quick_lengths: str = "1024,4096"
     global_tokens: tuple[str | None, ...] = (None,)
+    modes: tuple[str, ...] = PASSES
 
 
 def study_app(study: Study) -> typer.Typer:
@@ -61,7 +63,7 @@ def study_app(study: Study) -> typer.Typer:
             str | None, typer.Option(help=f"Tokens, separated by commas; default: {study.lengths}.")
         ] = None,
         kinds: Annotated[str, typer.Option(help="Model kinds, separated by commas.")] = ",".join(study.kinds),
-        modes: Annotated[str, typer.Option(help="forward, train or both.")] = ",".join(MODES),
+        modes: Annotated[str, typer.Option(help="Some of forward, train and generate.")] = ",".join(study.modes),
         repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 5,
         vocab_size: Annotated[
             int | None, typer.Option(help=f"Tokens of the vocabulary; default: {BASE.vocab_size}.")
@@ -73,7 +75,7 @@ def study_app(study: Study) -> typer.Typer:
             float | None, typer.Option(help="Bound for one process; default: 80 % of the free memory.")
         ] = None,
         out: Annotated[
-            list[Path] | None, typer.Option(help="File for the results, .csv or .md; may be repeated.")
+            list[Path] | None, typer.Option(help="File for the results, .csv, .md or .png; may be repeated.")
         ] = None,
         quick: Annotated[bool, typer.Option("--quick", help="A trial run: a small model, no targets.")] = False,
     ) -> None:
@@ -88,7 +90,7 @@ def study_app(study: Study) -> typer.Typer:
         bounds = Bounds(max_seconds, memory_bound(max_memory_gib))
         setting = _setting(size, bounds, repeats, case_seconds, any(KINDS[case.kind].windowed for case in cases))
         typer.echo(setting)
-        checks = _check_lines(cases)
+        checks = agreement_lines(cases)
         typer.echo("\n".join(checks))
         results = run_cases(
             cases,
@@ -106,6 +108,8 @@ def study_app(study: Study) -> typer.Typer:
         for file in out or []:
             if file.suffix == ".csv":
                 write_csv(results, file)
+            elif file.suffix == ".png":
+                plot(results, file)
             else:
                 file.write_text("\n".join([setting, "", markdown_tables(results), *ending, ""]), encoding="utf-8")
 
@@ -122,8 +126,10 @@ def run_script(app: typer.Typer) -> None:
 
 def _check_files(files: Sequence[Path]) -> None:
     for file in files:
-        if file.suffix not in (".csv", ".md") or not file.parent.is_dir():
-            raise ValueError(f"--out is {file}, but it has to be a .csv or .md file in a folder that exists.")
+        if file.suffix not in (".csv", ".md", ".png") or not file.parent.is_dir():
+            raise ValueError(f"--out is {file}, but it has to be a .csv, .md or .png file in a folder that exists.")
+        if file.suffix == ".png":
+            require_extras("matplotlib")
 
 
 def _setting(size: ModelSize, bounds: Bounds, repeats: int, case_seconds: float, windowed: bool) -> str:
@@ -136,7 +142,8 @@ def _setting(size: ModelSize, bounds: Bounds, repeats: int, case_seconds: float,
     )
 
 
-def _check_lines(cases: Sequence[Case]) -> list[str]:
+def agreement_lines(cases: Sequence[Case]) -> list[str]:
+    """One for each kind that has the outputs of another one; raises `ValueError` where it does not."""
     return [
         f"Equal weights, {case.length:,} tokens: {case.label}, differs from {KINDS[case.kind].same_as} by at most "
         f"{difference:.1e}."
