@@ -77,7 +77,7 @@ OUTSIDE = {"cpu": {"torch"}, "functional": {"torch"}}
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other.
 SHARED_WITHIN: dict[str, set[str]] = {
-    "attention": {"base", "cache", "chunks", "lsh_cache", "prefix", "recurrent_cache"},
+    "attention": {"base", "cache", "chunks", "lsh_cache", "lsh_index", "prefix", "recurrent_cache"},
     "models": set(),
 }
 

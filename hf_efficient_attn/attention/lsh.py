@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..cpu import linear_maps
 from ..functional import (
     check_exact_below,
+    chunk_step,
     hash_buckets,
     hash_rotations,
     powers_of_two,
@@ -198,6 +199,10 @@ class LSHSelfAttention(ChunkSelfAttention):
                 layer.factors, layer.sizes = self.factors(counts, self._longest())
             buckets = layer.extend_buckets(self.buckets(query, layer.factors, layer.sizes))
             key, value = past_key_values.update(key, value, self.layer_idx)
+            if query.shape[2] == 1 and backend != "eager" and dropout_p == 0.0 and not torch.compiler.is_compiling():
+                found = layer.candidates(key_padding_mask, math.prod(layer.sizes), **self._step_chunks())
+                valid = None if key_padding_mask is None else key_padding_mask[:, -1:]
+                return self.merge(chunk_step(query, key, value, valid, *found)), None
         elif replay:
             buckets = replay["buckets"].long()
         else:
@@ -208,6 +213,9 @@ class LSHSelfAttention(ChunkSelfAttention):
                 # Kept for as long as every layer's, which is all that grows with depth.
                 replay["buckets"] = buckets.to(torch.int16 if math.prod(sizes) <= 2**15 else torch.int32)
         return self.attend_chunks(query, key, value, key_padding_mask, buckets, dropout_p=dropout_p, backend=backend)
+
+    def _step_chunks(self) -> dict[str, int | bool]:
+        return {name: self.chunks[name] for name in ("chunk_length", "chunks_before", "released")}
 
     def _cache_layer(self, past_key_values: "Cache") -> "LSHCacheLayer":
         """This layer's cache; raises `ValueError` where it is of another kind."""

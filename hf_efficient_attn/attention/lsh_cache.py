@@ -1,17 +1,20 @@
-"""The cache of an LSH layer: keys and values of all tokens, and their buckets."""
+"""The cache of an LSH layer: keys and values of all tokens, their buckets, and what the next token needs of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+
+from .lsh_index import BucketIndex, Candidates
 
 
 class LSHCacheLayer(DynamicLayer):
     """Keys, values and buckets, and the bucket factors that the prompt had.
 
     `factors` is int64 `[batch or 1, tables]`, `sizes` the room for each, `buckets` int64 `[batch, heads, rounds,
-    length]`.
+    length]`. Tensors grow into room that is made a quarter at a time, so that a token does not copy all before it.
     """
 
     def __init__(self) -> None:
@@ -19,21 +22,75 @@ class LSHCacheLayer(DynamicLayer):
         self.factors: Tensor | None = None
         self.sizes: tuple[int, ...] = ()
         self.buckets: Tensor | None = None
+        self._index: BucketIndex | None = None
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values `[batch, heads, tokens, head_dim]` behind those that are there; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._grown("keys", self.keys, key_states, 2)
+        self.values = self._grown("values", self.values, value_states, 2)
+        return self.keys, self.values
 
     def extend_buckets(self, new: Tensor) -> Tensor:
         """Buckets `[batch, heads, rounds, tokens]` behind those that are there; returns all."""
-        self.buckets = new if self.buckets is None else torch.cat([self.buckets, new], dim=3)
+        if new.shape[3] > 1:
+            self._index = None
+        self.buckets = new if self.buckets is None else self._grown("buckets", self.buckets, new, 3)
         return self.buckets
+
+    def candidates(self, valid: Tensor | None, room: int, **chunks: Any) -> Candidates:
+        """What the last token attends, the buckets of which have been put in.
+
+        Args:
+            valid: `[batch, length]` bool of all tokens, or None.
+            room, chunks: as of `BucketIndex`.
+        """
+        newest = self.buckets[..., -1]
+        # What was made in inference mode must not be changed outside of it.
+        is_usable = self._index is not None and not (
+            self._index.counts.is_inference() and not torch.is_inference_mode_enabled()
+        )
+        if is_usable:
+            self._index.add(newest, self.buckets.shape[3] - 1, None if valid is None else valid[:, -1])
+        else:
+            self._index = BucketIndex(self.buckets, valid, room=room, **chunks)
+        return self._index.candidates(newest)
+
+    def _grown(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
+        """`held` and `new` along `dim`, in memory that has room for more."""
+        needs_grad = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
+        if held.numel() == 0 or needs_grad or torch.compiler.is_compiling():
+            self._rooms.pop(name, None)
+            return new if held.numel() == 0 else torch.cat([held, new], dim=dim)
+        length = held.shape[dim]
+        total = length + new.shape[dim]
+        room = self._rooms.get(name)
+        if (
+            room is None
+            or room.data_ptr() != held.data_ptr()
+            or room.shape[:dim] != held.shape[:dim]
+            or room.shape[dim] < total
+            or (room.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            shape = (*held.shape[:dim], total + total // 4, *held.shape[dim + 1 :])
+            room = self._rooms[name] = held.new_empty(shape)
+            room.narrow(dim, 0, length).copy_(held)
+        room.narrow(dim, length, new.shape[dim]).copy_(new)
+        return room.narrow(dim, 0, total)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.keys = self.values = self.buckets = self.factors = None
+        self.keys = self.values = self.buckets = self.factors = self._index = None
+        self._rooms = {}
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number comes as a negative one, as transformers counts."""
         super().crop(tokens_to_remove)
+        self._index = None
         if self.buckets is not None:
             self.buckets = self.buckets[..., : self.get_seq_length()]
 
@@ -53,6 +110,8 @@ class LSHCacheLayer(DynamicLayer):
         self._map(lambda x: x[indices])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self._index is not None:
+            self._index.map_(function)
         if self.buckets is not None:
             self.buckets = function(self.buckets)
         if self.factors is not None and self.factors.shape[0] > 1:

@@ -9,6 +9,7 @@ from .big_bird import big_bird_attention, blocks_in_reach, dense_big_bird_attent
 from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
+from .chunk_step import chunk_step
 from .dense import dense_attention, dense_softmax_attention, softmax_attention
 from .dense_execution import dense_execution
 from .exact_rows import check_exact_below
@@ -37,6 +38,7 @@ __all__ = [
     "check_exact_below",
     "check_exact_kernel",
     "chunk_attention",
+    "chunk_step",
     "cpu_add_nearby",
     "count_blocks",
     "count_text_blocks",
