@@ -164,18 +164,24 @@ def test_keeps_the_dtype_and_its_precision(case: Case, variant: str, dtype: torc
 
 @ROW
 def test_dropout_drops_without_bias(case: Case, variant: str) -> None:
+    """Each copy of an example in a batch is a draw of its own."""
+    copies, calls = 50, 10
     keep = paddings(2, 7)["left"]
     inputs = qkv(2, 7)
     is_global = is_global_of(case, variant, 2, 7, keep)
-    dropped = formula(case, variant, keep, is_global, dropout_p=0.3)
+    plain = formula(case, variant, keep, is_global)(*inputs)
+    is_global = None if is_global is None else is_global.repeat(copies, 1)
+    dropped = formula(case, variant, keep.repeat(copies, 1), is_global, dropout_p=0.3)
+    many = [x.repeat(copies, 1, 1, 1) for x in inputs]
     with torch.no_grad():
         torch.manual_seed(0)
-        draws = torch.stack([dropped(*inputs) for _ in range(500)])
+        results = [dropped(*many) for _ in range(calls)]
         torch.manual_seed(0)
-        assert torch.equal(dropped(*inputs), draws[0]), "one state of torch's generator gives one result"
+        assert torch.equal(dropped(*many), results[0]), "one state of torch's generator gives one result"
+    assert not torch.equal(results[0], results[1])
+    draws = torch.cat(results).unflatten(0, (copies * calls, 2))
     assert not torch.equal(draws[0], draws[1])
-    plain = formula(case, variant, keep, is_global)(*inputs)
-    standard_error = draws.std(dim=0) / 500**0.5
+    standard_error = draws.std(dim=0) / len(draws) ** 0.5
     assert ((draws.mean(dim=0) - plain).abs() <= 5 * standard_error + 1e-12).all()
 
 

@@ -265,6 +265,8 @@ def test_training(family: str, task: str, tmp_path: Path, monkeypatch: pytest.Mo
         reloaded = getattr(transformers, training.auto_name).from_pretrained(best)
     assert type(reloaded) is type(trainer.model)
 
+    if task != "sequence-classification":  # the way back from a checkpoint knows no task; test_resume.py has more of it
+        return
     # Stopped after two steps and resumed, it arrives where the whole run has arrived.
     monkeypatch.undo()
     resumed = make_trainer(family, training, tmp_path / "resumed", with_global)

@@ -254,4 +254,4 @@ def _mebibytes(result: Result) -> str:
     if result.peak_bytes is None:
         return "?"
     value = result.peak_bytes / MIB
-    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+    return f"{value:.2g}" if 0.01 <= value < 10 else f"{value:,.0f}"
