@@ -19,7 +19,7 @@ from hf_efficient_attn.bench import MIB, run_script
 
 
 ROOT = Path(__file__).resolve().parents[1]
-_MARKED = re.compile(r"(<!-- results: (\S+) -->\n\n)(.*?)(\n\n<!-- end of results -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 _MODES = {"forward": "forward", "train": "training step", "generate": "16 new tokens"}
 _BASELINE = "bert"
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -73,7 +73,7 @@ def with_tables(text: str, results: Path) -> str:
     """
     if not _MARKED.search(text):
         raise ValueError("README.md has no mark <!-- results: NAME.csv --> ... <!-- end of results -->.")
-    return _MARKED.sub(lambda found: found[1] + table(rows_of(results / found[2])) + found[4], text)
+    return _MARKED.sub(lambda found: f"{found[1]}\n{table(rows_of(results / found[2]))}\n\n{found[4]}", text)
 
 
 @app.command()
