@@ -74,9 +74,11 @@ def bench(
     intermediate_size: Annotated[int | None, typer.Option(help="Feed-forward width; default: 4 x hidden.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="Tokens a pass instead: shorter texts in larger batches.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all kinds.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd, for training steps.")] = "adamw",
     repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 5,
@@ -116,7 +118,7 @@ def bench(
             for window in split_numbers("windows", windows)
         ]
         common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer, "task": task}
-        common |= {"device": device, "checkpointing": checkpointing}
+        common |= {"device": device, "checkpointing": checkpointing, "compiled": compiled, "tokens": tokens}
         cases = make_cases(
             split_names(families), split_numbers("lengths", lengths), split_names(modes), sizes, **common
         )

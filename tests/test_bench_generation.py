@@ -17,7 +17,7 @@ from hf_efficient_attn.bench.crossover import find_crossovers
 from hf_efficient_attn.bench.generation import Generation, cache_bytes
 from hf_efficient_attn.bench.memory import CudaMeter, ResidentMeter, make_meter
 from hf_efficient_attn.bench.models import NEW_TOKENS, ROOM, build_inputs, build_labels, build_model
-from hf_efficient_attn.bench.prediction import extrapolate
+from hf_efficient_attn.bench.prediction import extrapolate, predict
 from hf_efficient_attn.bench.report import crossover_lines
 from hf_efficient_attn.bench.step import build_step
 
@@ -117,6 +117,24 @@ def test_tasks_and_checkpointing_are_measured() -> None:
     assert [result.status for result in run_cases(cases, WIDE, repeats=1)] == ["ok"] * 3
     model = build_model(cases[0])
     assert model.is_gradient_checkpointing
+
+
+def test_tokens_a_pass_make_the_batches() -> None:
+    cases = make_cases(["eff_longformer"], [16, 32, 128], ["train"], [TINY], tokens=64)
+    assert [case.batch_size for case in cases] == [4, 2, 1]
+    assert len({case.series for case in cases}) == 1
+    bounds = replace(WIDE, seconds=10.0)
+    short = finished(cases[0], 4.0, 2**20)
+    assert predict(cases[1], [short], bounds) is None, "as many tokens take as long"
+    assert predict(cases[2], [short], bounds) is None
+    assert predict(replace(cases[2], batch_size=2), [short], bounds).verdict == "over time, predicted"
+
+
+def test_a_compiled_model_is_measured() -> None:
+    (result,) = run_cases([Case("bert", 16, "forward", replace(TINY, attention_window=None), compiled=True)], WIDE)
+    assert result.status == "ok", result
+    with pytest.raises(ValueError, match="generate is not measured compiled"):
+        Case("bert", 16, "generate", replace(TINY, attention_window=None), compiled=True)
 
 
 def test_each_device_has_its_meter() -> None:

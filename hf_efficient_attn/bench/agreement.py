@@ -40,7 +40,8 @@ def check_outputs(cases: Iterable[Case], *, length: int = 1024, tolerance: float
     kinds = {case.kind for case in cases}
     length = min([length, *(case.length for case in cases)])
     # Where it is least noisy, whatever it is measured in.
-    common = {"length": length, "mode": "forward", "dtype": "float32", "device": "cpu", "checkpointing": False}
+    common = {"length": length, "batch_size": 1, "mode": "forward", "dtype": "float32", "device": "cpu"}
+    common |= {"checkpointing": False, "compiled": False}
     chosen = {replace(case, **common): None for case in cases if KINDS[case.kind].same_as in kinds}
     found = []
     for case in chosen:

@@ -79,6 +79,7 @@ class Case:
         global_tokens: "cls" for one global token, the first, or "none"; None leaves it to the task's default.
             Kinds without global tokens ignore it.
         checkpointing: gradient checkpointing, for "train".
+        compiled: through `torch.compile`; the warm-up compiles. Not for "generate".
         device: "cpu", or "cuda" for torch's current GPU, whose own memory is what counts there.
 
     Raises:
@@ -97,6 +98,7 @@ class Case:
     task: str = "classification"
     global_tokens: str | None = None
     checkpointing: bool = False
+    compiled: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -117,11 +119,13 @@ class Case:
         if self.mode == "generate" and not KINDS[self.kind].causal:
             able = ", ".join(name for name, kind in KINDS.items() if kind.causal)
             raise ValueError(f"{self.kind} has no causal form to generate with: choose among {able}.")
+        if self.mode == "generate" and self.compiled:
+            raise ValueError("generate is not measured compiled: leave compiled False, or choose other modes.")
 
     @property
     def series(self) -> Case:
-        """The same case without its length: cases of one series differ in nothing else."""
-        return replace(self, length=1)
+        """The same case without its length, and the number of examples, which may go by the length."""
+        return replace(self, length=1, batch_size=1)
 
     @property
     def label(self) -> str:
@@ -211,6 +215,7 @@ def make_cases(
     modes: Iterable[str] = PASSES,
     sizes: Iterable[ModelSize] = (ModelSize(),),
     global_tokens: Iterable[str | None] = (None,),
+    tokens: int | None = None,
     **common: Any,
 ) -> list[Case]:
     """Every combination, ordered so that what is to be compared is measured next to each other.
@@ -221,6 +226,7 @@ def make_cases(
         modes: some of `MODES`.
         sizes: model sizes; kinds without a window take those that differ only in their window once.
         global_tokens: values of that field; kinds without global tokens are measured once.
+        tokens: tokens a pass, so that shorter texts come in larger batches; None leaves it to `batch_size`.
         common: further fields of `Case`, the same for all.
 
     Raises:
@@ -232,6 +238,8 @@ def make_cases(
         _one_of("kind", kind, KINDS)
     for length, mode, chosen, kind in product(sorted(set(lengths)), modes, global_tokens, kinds):
         chosen = chosen if KINDS[kind].global_tokens else None
+        if tokens is not None:
+            common["batch_size"] = max(1, tokens // length)
         for size in sizes if KINDS[kind].windowed else [replace(s, attention_window=None) for s in sizes]:
             cases[Case(kind, length, mode, size, global_tokens=chosen, **common)] = None
     return list(cases)

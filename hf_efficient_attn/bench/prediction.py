@@ -17,16 +17,19 @@ def predict(case: Case, earlier: Iterable[Result], bounds: Bounds) -> Result | N
     if over:
         detail = f"{over[-1].verdict} at {over[-1].case.length:,} tokens already"
         return Result(case, over[-1].status, predicted=True, detail=detail)
-    memory = [(r.case.length, r.peak_bytes) for r in series if r.status == OK and r.peak_bytes is not None]
+    # An example's share: longer ones may come in smaller batches.
+    memory = [
+        (r.case.length, r.peak_bytes / r.case.batch_size) for r in series if r.status == OK and r.peak_bytes is not None
+    ]
     if memory:
-        needed = (series[-1].base_bytes or 0) + extrapolate(memory, case)
+        needed = (series[-1].base_bytes or 0) + extrapolate(memory, case) * case.batch_size
         if needed > bounds.memory_bytes:
             detail = f"about {needed / MIB:,.0f} MiB predicted, bound {bounds.memory_bytes / MIB:,.0f} MiB"
             return Result(case, OVER_MEMORY, predicted=True, detail=detail)
     # The quickest run is the one that noise touched least.
-    times = [(r.case.length, min(r.seconds)) for r in series if r.status == OK and r.seconds]
+    times = [(r.case.length, min(r.seconds) / r.case.batch_size) for r in series if r.status == OK and r.seconds]
     if times:
-        seconds = extrapolate(times, case)
+        seconds = extrapolate(times, case) * case.batch_size
         if seconds > bounds.seconds:
             detail = f"about {seconds:,.0f} s predicted, bound {bounds.seconds:,.0f} s"
             return Result(case, OVER_TIME, predicted=True, detail=detail)

@@ -47,6 +47,8 @@ def build_step(case: Case) -> Step:
     if case.threads is not None:
         torch.set_num_threads(case.threads)
     model, inputs = build_model(case), build_inputs(case)
+    if case.compiled:
+        model.compile()
     if case.mode == "train":
         return _training(case, model.train(), inputs)
     model.eval()
@@ -100,7 +102,9 @@ def serve(case: Case, connection: Connection) -> None:
     try:
         step = build_step(case)
         # A tiny run first: thread stacks, kernels' code and workspaces are not what a length costs.
-        if KINDS[case.kind].primes:
+        if case.compiled:
+            pass  # it would compile another graph
+        elif KINDS[case.kind].primes:
             step.run(min(PRIMING_LENGTH, case.length))
             step.forget()
         else:

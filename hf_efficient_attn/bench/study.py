@@ -39,7 +39,7 @@ class Study:
         script: its name in `benchmarks/`.
         kinds: keys of `KINDS`; the first is the one that the study is about.
         targets: the ratios to form.
-            lengths, quick_lengths: tokens, separated by commas.
+        lengths, quick_lengths: tokens, separated by commas.
         global_tokens: choices of global tokens; None leaves them to the task.
         modes: what is measured, some of `MODES`.
     """
@@ -68,6 +68,13 @@ def study_app(study: Study) -> typer.Typer:
         vocab_size: Annotated[
             int | None, typer.Option(help=f"Tokens of the vocabulary; default: {BASE.vocab_size}.")
         ] = None,
+        layers: Annotated[int, typer.Option(help="Layers.")] = BASE.num_layers,
+        tokens: Annotated[
+            int | None, typer.Option(help="Tokens a pass: shorter texts in larger batches; default: one text.")
+        ] = None,
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all kinds.")] = False,
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
         case_seconds: Annotated[float, typer.Option(help="A case stops repeating after so long.")] = 45.0,
         max_seconds: Annotated[float, typer.Option(help="Bound for one pass or step.")] = 180.0,
@@ -81,14 +88,18 @@ def study_app(study: Study) -> typer.Typer:
     ) -> None:
         require_extras("rich")
         _check_files(out or [])
-        size = SMALL if quick else BASE
+        size = replace(SMALL if quick else BASE, num_layers=layers)
         if vocab_size is not None:
             size = replace(size, vocab_size=vocab_size)
-        tokens = split_numbers("lengths", lengths or (study.quick_lengths if quick else study.lengths))
+        numbers = split_numbers("lengths", lengths or (study.quick_lengths if quick else study.lengths))
         common = {"task": "base", "optimizer": "sgd", "threads": threads}
-        cases = make_cases(split_names(kinds), tokens, split_names(modes), [size], study.global_tokens, **common)
+        common |= {"dtype": dtype, "device": device, "compiled": compiled, "tokens": tokens}
+        cases = make_cases(split_names(kinds), numbers, split_names(modes), [size], study.global_tokens, **common)
         bounds = Bounds(max_seconds, memory_bound(max_memory_gib))
-        setting = _setting(size, bounds, repeats, case_seconds, any(KINDS[case.kind].windowed for case in cases))
+        windowed = any(KINDS[case.kind].windowed for case in cases)
+        batch = "batch 1" if tokens is None else f"{tokens:,} tokens a pass"
+        how = f"{batch}, {dtype}{', compiled' if compiled else ''}"
+        setting = _setting(size, bounds, repeats, case_seconds, windowed, how)
         typer.echo(setting)
         checks = agreement_lines(cases)
         typer.echo("\n".join(checks))
@@ -103,7 +114,7 @@ def study_app(study: Study) -> typer.Typer:
         typer.echo()
         print_tables(results)
         ending = [*_notes(cases), *checks, "", *_ratio_section(study, results, targets=not quick), ""]
-        ending.append(environment_line(f"python benchmarks/{study.script}.py", sys.argv[1:], threads))
+        ending.append(environment_line(f"python benchmarks/{study.script}.py", sys.argv[1:], threads, device))
         typer.echo("\n".join(ending))
         for file in out or []:
             if file.suffix == ".csv":
@@ -132,11 +143,11 @@ def _check_files(files: Sequence[Path]) -> None:
             require_extras("matplotlib")
 
 
-def _setting(size: ModelSize, bounds: Bounds, repeats: int, case_seconds: float, windowed: bool) -> str:
+def _setting(size: ModelSize, bounds: Bounds, repeats: int, case_seconds: float, windowed: bool, how: str) -> str:
     window = f" total window {size.attention_window}," if windowed else ""
     return (
         f"{size.num_layers} layers, hidden size {size.hidden_size}, {size.num_heads} heads, feed-forward "
-        f"{size.intermediate_size:,},{window} vocabulary {size.vocab_size:,}, batch 1, float32; median of up to "
+        f"{size.intermediate_size:,},{window} vocabulary {size.vocab_size:,}, {how}; median of up to "
         f"{repeats} runs, fewer once they took {case_seconds:g} s; at most {bounds.seconds:g} s a pass and "
         f"{bounds.memory_bytes / MIB:,.0f} MiB a process."
     )
