@@ -12,7 +12,10 @@ from hf_efficient_attn import FAMILIES
 
 
 CARDS = ROOT / "model_cards"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(CARDS.glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted(CARDS.glob("*.md")),
+]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 LICENSE = "apache-2.0"
 
