@@ -166,6 +166,22 @@ def test_chunked_feed_forward(chunk: int, norm_position: str) -> None:
     assert sum(sizes) == 13 and max(sizes) <= chunk
 
 
+def test_other_devices_take_chunks_above_what_the_config_names() -> None:
+    """Where nothing is computed: which chunks there would be."""
+    layer = build(BERT, "Model").encoder.layer[0]
+    states = torch.empty(1, 20_000, 8, device="meta")
+    with torch.no_grad():
+        assert chunks.inference_chunk(states, layer.output, above=20_000) == 0
+        size = chunks.inference_chunk(states, layer.output, above=19_999)
+        assert 0 < size <= 1.125 * chunks.TOKENS_FOR_MEMORY and -(-20_000 // size) * size - 20_000 < size
+        handle = layer.output.dense.register_forward_hook(lambda *args: None)
+        assert chunks.inference_chunk(states, layer.output, above=19_999) == 0, "hooks see whole texts"
+        handle.remove()
+    assert chunks.inference_chunk(states, layer.output, above=19_999) == 0, "a backward pass may follow"
+    with pytest.raises(ValueError, match="chunk_above = 0: it must be 1 or more"):
+        build(BERT, "Model", chunk_above=0)
+
+
 def test_long_texts_in_chunks_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference on a CPU cuts work on single tokens; not where gradients are wanted, and hooks see whole texts."""
     model, inputs = build(BERT, "Model"), inputs_for("Model")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import model_class, random_ids, tiny_config
+from processes import run_two
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -93,3 +94,33 @@ def test_a_run_that_begins_anew_removes_the_earlier_one_when_it_has_shown_that_i
     train(folder, 1, (0.1,))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-1.txt"]
     assert (elsewhere / "old.txt").is_file() and not (folder / "checkpoint-1" / "old.txt").exists()
+
+
+_TWO = """
+import gc
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+from test_recipe_folders import train
+
+made, left, destroy, build = [], [], dist.destroy_process_group, DistributedDataParallel.__init__
+
+def count(self, *args, **kwargs):
+    made.append(1)
+    build(self, *args, **kwargs)
+
+def watch(group=None):
+    left.append(sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects()))
+    destroy(group)
+
+DistributedDataParallel.__init__, dist.destroy_process_group = count, watch
+train(Path(folder) / "run", 2, (0.1, 0.2))
+assert made and left == [0], (made, left)
+assert not dist.is_initialized()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)
+"""
+
+
+def test_the_wrapped_model_is_gone_before_the_processes_stop_to_talk(tmp_path: Path) -> None:
+    """As the last to hold the process group it could wait for ever for a thread that waits for Python's lock."""
+    run_two(_TWO, tmp_path)

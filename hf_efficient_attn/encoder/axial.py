@@ -68,10 +68,12 @@ class AxialEmbeddings(nn.Module):
         positions = AxialPositionEmbeddings if config.axial_pos_embds else LearnedPositionEmbeddings
         self.position_embeddings = positions(config)
         self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
+        self.chunk_above = config.chunk_above
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """`inputs_embeds` `[batch, length, hidden]`, `position_ids` `[batch or 1, length]` -> like `inputs_embeds`."""
-        return in_chunks(self._sum, inference_chunk(inputs_embeds, self), inputs_embeds, position_ids)
+        chunk = inference_chunk(inputs_embeds, self, above=self.chunk_above)
+        return in_chunks(self._sum, chunk, inputs_embeds, position_ids)
 
     def _sum(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         return dropped(self.dropout, inputs_embeds) + self.position_embeddings(position_ids, inputs_embeds.shape[0])

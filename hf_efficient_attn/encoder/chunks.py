@@ -9,19 +9,27 @@ from torch.nn.modules.module import _global_forward_hooks
 from ..cpu import TOKENS_AT_ONCE
 
 
-def inference_chunk(states: Tensor, *modules: nn.Module) -> int:
-    """Tokens at a time that are quickest through `modules` on a CPU where no backward pass follows; 0 for all at once.
+TOKENS_FOR_MEMORY = 8192
+"""Tokens at a time where not the time but the memory calls for it."""
 
-    Fresh memory for the inner states of a long text costs more than the work in it; chunks are of one size, because a
-    rest of a few tokens (a class token, say) would read all weights again. Hooks see whole texts.
+
+def inference_chunk(states: Tensor, *modules: nn.Module, above: int) -> int:
+    """Tokens at a time to send through `modules` where no backward pass follows; 0 for all at once.
+
+    On a CPU it is what is quickest: fresh memory for the inner states of a long text costs more than the work in it;
+    chunks are of one size, because a rest of a few tokens (a class token, say) would read all weights again. On other
+    devices only what is longer than `above` goes in chunks. Hooks see whole texts.
     """
-    if torch.is_grad_enabled() or states.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    length, on_cpu = states.shape[1], states.device.type == "cpu"
+    if not on_cpu and length <= above:
         return 0
     inner = (part for module in modules for part in module.modules())
     if any(x._forward_hooks or x._forward_pre_hooks for x in inner):
         return 0
-    length = states.shape[1]
-    count = -(-length // (TOKENS_AT_ONCE + TOKENS_AT_ONCE // 8))
+    size = TOKENS_AT_ONCE if on_cpu else TOKENS_FOR_MEMORY
+    count = -(-length // (size + size // 8))
     return -(-length // max(1, count))
 
 

@@ -58,6 +58,9 @@ class EffConfig(PublishedConfig, PreTrainedConfig):
         attention_probs_dropout_prob: dropout of attention probabilities.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of the layer norms.
+        chunk_above: in inference longer inputs go through embeddings, output projections and feed-forward layers some
+            thousand tokens at a time, whose inner states would take more memory than all else. On a CPU, where it is
+            quicker, all above 1,024 tokens do.
 
     Raises:
         ValueError: a value that breaks a rule above, or an argument that is no option (with the nearest name).
@@ -84,6 +87,7 @@ class EffConfig(PublishedConfig, PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.1
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    chunk_above: int = 65536
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.prepare_first_use()
@@ -127,7 +131,7 @@ class EffConfig(PublishedConfig, PreTrainedConfig):
                 f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
                 f"{self.num_attention_heads}; choose a multiple of the head count."
             )
-        self.check_positive("hidden_size", "num_hidden_layers", "intermediate_size")
+        self.check_positive("hidden_size", "num_hidden_layers", "intermediate_size", "chunk_above")
         if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type = {self.problem_type!r}: choose one of {', '.join(_PROBLEM_TYPES)}, or None to go by "

@@ -31,12 +31,14 @@ class Embeddings(nn.Module):
         self.scale = width**0.5 if config.rescale_embeddings else 1.0
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(float(config.hidden_dropout_prob))
+        self.chunk_above = config.chunk_above
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """`inputs_embeds` `[batch, length, width]`, ids `[batch or 1, length]` -> `[batch, length, width]`."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids[:1])
-        return in_chunks(self._sum, inference_chunk(inputs_embeds, self), inputs_embeds, position_ids, token_type_ids)
+        chunk = inference_chunk(inputs_embeds, self, above=self.chunk_above)
+        return in_chunks(self._sum, chunk, inputs_embeds, position_ids, token_type_ids)
 
     def _sum(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         if self.scale != 1.0:

@@ -89,6 +89,7 @@ class AttentionBlock(Recorded):
         super().__init__()
         self.self = attention(config, layer_idx)
         self.output = Output(config, config.hidden_size)
+        self.chunk_above = config.chunk_above
 
     def forward(
         self,
@@ -101,12 +102,12 @@ class AttentionBlock(Recorded):
         given = self.output.normed_input(hidden_states)
         mixed, weights = attend(self.self, given, key_padding_mask, documents, context)
         into = mixed if can_overwrite(mixed, self.self, hidden_states) else None
-        chunk = inference_chunk(mixed, self.output)
+        chunk = inference_chunk(mixed, self.output, above=self.chunk_above)
         return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights
 
 
 class FeedForwardLayer(Recorded, GradientCheckpointingLayer):
-    """A layer that ends with a feed-forward part: `intermediate` and `output`, which a subclass adds."""
+    """A layer that ends with a feed-forward part: `intermediate`, `output` and `chunk_above`, which a subclass adds."""
 
     output_class: ClassVar[type[ResidualOutput]] = ResidualOutput
     """What `output` is."""
@@ -120,7 +121,7 @@ class FeedForwardLayer(Recorded, GradientCheckpointingLayer):
 
         In chunks of so many tokens, 0 for what is quickest; `into` as in `in_chunks`.
         """
-        chunk = chunk or inference_chunk(attended, self.intermediate, self.output)
+        chunk = chunk or inference_chunk(attended, self.intermediate, self.output, above=self.chunk_above)
         return in_chunks(self._feed_forward, chunk, attended, into=into)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class EncoderLayer(FeedForwardLayer):
         self.attention = AttentionBlock(config, layer_idx, attention)
         self.intermediate = Intermediate(config)
         self.output = Output(config, config.intermediate_size)
-        self.chunk_size = config.chunk_size_feed_forward
+        self.chunk_size, self.chunk_above = config.chunk_size_feed_forward, config.chunk_above
 
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""

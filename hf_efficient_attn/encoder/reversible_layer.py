@@ -8,7 +8,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from ..cpu import TOKENS_AT_ONCE
 from .activations import activation
-from .chunks import in_chunks
+from .chunks import TOKENS_FOR_MEMORY, in_chunks
 from .configuration import EffEncoderConfig
 from .layer import AttentionFactory, Recorded, dropped
 from .packing import Documents, attend
@@ -99,12 +99,14 @@ class ReversibleLayer(Recorded):
         super().__init__()
         self.attention = ReversibleAttention(config, layer_idx, attention)
         self.feed_forward = FeedForward(config)
-        self.chunk_size = config.chunk_size_feed_forward
+        self.chunk_size, self.chunk_above = config.chunk_size_feed_forward, config.chunk_above
 
     def chunk(self, states: Tensor) -> int:
         """Tokens that the feed-forward branch takes at a time; 0 for all at once."""
-        if self.chunk_size or states.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.chunk_size or torch.compiler.is_compiling():
             return self.chunk_size
+        if states.device.type != "cpu":
+            return TOKENS_FOR_MEMORY if states.shape[1] > self.chunk_above else 0
         # The inner states of a long text are fresh memory, which costs more than the work in it.
         return TOKENS_AT_ONCE
 

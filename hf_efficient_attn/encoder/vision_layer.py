@@ -59,6 +59,7 @@ class VisionAttentionBlock(Recorded):
         super().__init__()
         self.attention = attention(config, layer_idx)
         self.output = ResidualOutput(config, config.hidden_size)
+        self.chunk_above = config.chunk_above
 
     def forward(
         self,
@@ -76,7 +77,7 @@ class VisionAttentionBlock(Recorded):
             mixed = packing.unpack(mixed)
             weights = None if weights is None else packing.unpack_weights(weights)
         into = mixed if can_overwrite(mixed, self.attention, normed) else None
-        chunk = inference_chunk(mixed, self.output)
+        chunk = inference_chunk(mixed, self.output, above=self.chunk_above)
         return in_chunks(self.output, chunk, mixed, residual, into=into), weights
 
 
@@ -90,7 +91,7 @@ class VisionLayer(FeedForwardLayer):
         self.output = ResidualOutput(config, config.intermediate_size)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.chunk_size = config.chunk_size_feed_forward
+        self.chunk_size, self.chunk_above = config.chunk_size_feed_forward, config.chunk_above
 
     def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""

@@ -134,10 +134,19 @@ def train_and_save(
         save_curves(trainer.state.log_history, folder, curves)
     if args.push_to_hub:
         trainer.push_to_hub()
-    # From here on each process is on its own; left open, the talk can abort when the first one exits.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    _end_talk(trainer)
     return metrics
+
+
+def _end_talk(trainer: Trainer) -> None:
+    """Close the process group: each process is on its own then. Left open, it can abort when the first one exits."""
+    trainer.accelerator.wait_for_everyone()
+    # DistributedDataParallel goes first. Were it the last to hold the group, torch would destroy that under Python's
+    # lock and wait for a thread that may want the lock itself, to let go of the tensor of the wait above: for ever
+    # (seen with gloo and torch 2.13, once in some dozens of runs).
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def rows_of(side: Any) -> str:
