@@ -11,8 +11,8 @@ features), float32, one text.
   loaded model, and how far they are from those at 8,192. The position table, which is part of the loaded model and
   grows with the length, is told apart.
 - train: one step with AdamW and dropout 0.1 of states and attention (Performer has it of states alone) at 65,536
-  tokens: sequence classification and masked language modelling (`skip_logits=True`) with two layers, and the latter
-  with twelve and gradient checkpointing.
+  tokens: sequence classification and masked language modelling (`skip_logits=True`), the second step of a process.
+- deep: the same with twelve layers and gradient checkpointing, masked language modelling, the first step.
 """
 
 import sys
@@ -42,7 +42,7 @@ from hf_efficient_attn.bench import (
 
 
 FAMILIES = ("eff_longformer", "eff_nystromformer", "eff_performer")
-PARTS = ("forward", "train")
+PARTS = ("forward", "train", "deep")
 LAYERS = 12
 QUICK = ModelSize(64, 2, 2, 256, 4096, attention_window=64)
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -62,9 +62,13 @@ def train_cases(kinds: Sequence[str], length: int, size: ModelSize) -> list[Case
         own = _size_of(kind, size)
         common = {"length": length, "mode": "train", "optimizer": "adamw"}
         cases += [Case(kind, size=own, task=task, **common) for task in ("classification", "masked_lm")]
-        deep = replace(own, num_layers=LAYERS)
-        cases.append(Case(kind, size=deep, task="masked_lm", checkpointing=True, **common))
     return cases
+
+
+def deep_cases(kinds: Sequence[str], length: int, size: ModelSize) -> list[Case]:
+    """Whole training steps of twelve layers."""
+    common = {"length": length, "mode": "train", "optimizer": "adamw", "task": "masked_lm", "checkpointing": True}
+    return [Case(kind, size=replace(_size_of(kind, size), num_layers=LAYERS), **common) for kind in kinds]
 
 
 def _size_of(kind: str, size: ModelSize) -> ModelSize:
@@ -128,7 +132,7 @@ def _measure(cases: Sequence[Case], bounds: Bounds, repeats: int, warmup: int) -
 
 @app.command()
 def main(
-    parts: Annotated[str, typer.Option(help="forward, train or both.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help="Some of forward, train and deep.")] = ",".join(PARTS),
     kinds: Annotated[str, typer.Option(help="Model kinds, separated by commas.")] = ",".join(FAMILIES),
     lengths: Annotated[str | None, typer.Option(help="Tokens, forward; default: 8192,65536,1048576.")] = None,
     train_length: Annotated[int | None, typer.Option(help="Tokens of the training steps; default: 65536.")] = None,
@@ -160,6 +164,10 @@ def main(
         # A second step has AdamW's state already, as all later ones have.
         results = _measure(cases, bounds, 1, 1)
         lines += ["### One training step with AdamW, dropout 0.1", "", *table(results), ""]
+    if "deep" in chosen:
+        cases = deep_cases(names, train_length or (1024 if quick else 65536), size)
+        results = _measure(cases, bounds, 1, 0)
+        lines += ["### The same with twelve layers and gradient checkpointing, first step", "", *table(results), ""]
     lines.append(environment_line("python benchmarks/long_end.py", sys.argv[1:]))
     typer.echo("\n".join(lines))
     if out is not None:

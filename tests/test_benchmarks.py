@@ -72,9 +72,9 @@ def test_the_long_end_says_what_a_token_costs(tmp_path: Path) -> None:
 
     module, size = script("long_end"), ModelSize(64, 2, 2, 256, 4096, attention_window=None)
     short, long = (Case("eff_performer", n, size=size, task="base") for n in (1000, 2000))
-    names = [module._name(case) for case in module.train_cases(["eff_performer"], 64, size)]
-    assert names[0] == "eff_performer, 2 layers, classification"
-    assert names[2] == "eff_performer, 12 layers, masked_lm, gradient checkpointing"
+    cases = [make(["eff_performer"], 64, size) for make in (module.train_cases, module.deep_cases)]
+    assert module._name(cases[0][0]) == "eff_performer, 2 layers, classification"
+    assert module._name(cases[1][0]) == "eff_performer, 12 layers, masked_lm, gradient checkpointing"
     results = [finished(short, 1.0, 10 * MIB), finished(long, 2.4, 30 * MIB)]
     assert module.flatness(results) == ["- eff_performer, a token, 2,000 over 1,000 tokens: time 1.20, memory 1.50"]
     assert module.table(results)[-1] == "| 2,000 | eff_performer | 2.40 | 1200 | 30 | 15.4 | 0.3 | 0 |"
