@@ -5,10 +5,10 @@
     python benchmarks/attention_alone.py --quick            # a trial run: few tokens
 
 All in one process and in turns. The products are those that the formula cannot do without, counted on the pairs that
-the mask admits, in blocks of queries, head by head into buffers made before; keys of windows are views. They have no
-mask, no softmax, no normaliser, no padding, and gather nothing. With gradients they are the three that belong to each
-product (itself, and one for the gradient of each factor), computed once; the attention computes probabilities again
-instead of keeping them.
+the mask admits, pairs in blocks of queries, head by head into buffers made before; keys of windows are views. They have
+no mask, no softmax, no normaliser, no padding, and gather nothing. With gradients they are the three that belong to
+each product (itself, and one for the gradient of each factor), computed once; the attention computes probabilities
+again instead of keeping them.
 
 - softmax: `scaled_dot_product_attention`, for comparison.
 - longformer: a window of 512 and the token itself. big_bird: blocks of 64, 3 of the window, 2 global, 3 random.
@@ -162,7 +162,6 @@ def mechanisms(length: int) -> dict[str, Mechanism]:
             lambda q, k, v, p: functional.performer_attention(q, k, v, dropout_p=p, projection=projection),
             [
                 Product(length, WIDTH, FEATURES, 2, gradients=1),
-                *([Product(length, FEATURES, WIDTH, 2)]),
                 Product(FEATURES, length, WIDTH),
                 Product(length, FEATURES, WIDTH),
             ],

@@ -5,10 +5,10 @@
     python benchmarks/profile_step.py --quick                        # a trial run with a small model
 
 Two layers of base size, batch 1, float32, dropout 0.1 (Performer and Reformer have it of states alone), forward,
-backward of a mean of the last hidden state, and plain SGD. Shares of the processor time that torch's profiler sees in
-operators, without what they call: products of matrices (by where they are called: in the linear layers, or in batches,
-which is attention), softmax, activation and norm, dropout's random numbers, copies, and the rest. What is left of the
-step's time is Python and the profiler itself.
+backward of the mean square of the last hidden state, and plain SGD. Shares of the processor time that torch's profiler
+sees in operators, without what they call: products of matrices (by where they are called: in the linear layers, or in
+batches, which is attention), softmax, activation and norm, dropout's random numbers, copies, and the rest. What is left
+of the step's time is Python and the profiler itself.
 """
 
 import sys

@@ -134,7 +134,9 @@ def bench(
         print_tables(results)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            title = f"hidden size {hidden_size}, {layers} layers, {dtype}, batch {batch_size}"
+            batch = f"batch {batch_size}" if tokens is None else f"{tokens:,} tokens a pass"
+            how = f"{dtype}, {device}{', compiled' if compiled else ''}{', checkpointing' if checkpointing else ''}"
+            title = f"hidden size {hidden_size}, {layers} layers, {task}, {batch}, {how}"
             typer.echo(f"csv   {write_csv(results, output_dir / 'benchmark.csv')}")
             typer.echo(f"plot  {plot(results, output_dir / 'benchmark.png', title)}")
 

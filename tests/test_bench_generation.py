@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,9 +69,10 @@ def test_bytes_of_a_cache_count_shared_memory_once() -> None:
     class Layer:
         def __init__(self, keys: torch.Tensor) -> None:
             self.keys, self.again, self.inner, self.number = keys, keys[1:], {"state": (torch.zeros(3), None)}, 4
+            self.helper = SimpleNamespace(index=torch.zeros(2, dtype=torch.int32), layer=self)
 
     cache = Cache(layers=[Layer(torch.zeros(5, 2)), Layer(torch.zeros(7, dtype=torch.long))])
-    assert cache_bytes(cache) == 4 * 5 * 2 + 8 * 7 + 2 * 4 * 3
+    assert cache_bytes(cache) == 4 * 5 * 2 + 8 * 7 + 2 * (4 * 3 + 4 * 2)
 
 
 LONG = 100_000
@@ -116,7 +118,7 @@ def test_tasks_and_checkpointing_are_measured() -> None:
     ]
     assert [result.status for result in run_cases(cases, WIDE, repeats=1)] == ["ok"] * 3
     model = build_model(cases[0])
-    assert model.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_tokens_a_pass_make_the_batches() -> None:
@@ -156,9 +158,41 @@ def made_up(times: dict[str, dict[int, float]], mode: str = "forward") -> list:
     return [finished(case, times[case.kind][case.length], 2**20) for case in cases if case.length in times[case.kind]]
 
 
+def test_what_does_not_go_together_is_refused() -> None:
+    bert = {"kind": "bert", "length": 8, "size": replace(TINY, attention_window=None)}
+    assert Case(mode="generate", task="base", **bert).task == "causal_lm"
+    with pytest.raises(ValueError, match="task is 'causal_lm', which is that of generation"):
+        Case(mode="train", task="causal_lm", **bert)
+    with pytest.raises(ValueError, match="checkpointing is for training"):
+        Case(mode="forward", checkpointing=True, **bert)
+    both = make_cases(["bert"], [8], ["forward", "train"], [TINY], checkpointing=True)
+    assert [case.checkpointing for case in both] == [False, True]
+    with pytest.raises(ValueError, match="no kinds are given"):
+        make_cases([], [8])
+    with pytest.raises(ValueError, match="no modes are given"):
+        make_cases(["bert"], [8], [])
+
+
+def test_a_gpus_memory_is_not_predicted_from_that_of_the_machine() -> None:
+    short = Case("bert", 1024, "train", replace(TINY, attention_window=None), device="cuda")
+    bounds = replace(WIDE, memory_bytes=2**30)
+    results = [finished(short, 0.01, 500 * 2**20)]
+    assert predict(replace(short, length=4096), results, bounds) is None
+    results = [finished(replace(short, device="cpu"), 0.01, 500 * 2**20)]
+    assert predict(replace(short, length=4096, device="cpu"), results, bounds).verdict == "over memory, predicted"
+
+
+def test_the_baseline_is_bert_where_it_is_there() -> None:
+    times = {"modernbert": {8: 2.0}, "eff_performer": {8: 1.0}, "bert": {8: 3.0}}
+    assert {found.baseline.kind for found in find_crossovers(made_up(times), "forward")} == {"bert"}
+    assert crossover_lines(made_up({"eff_performer": {8: 1.0, 16: 1.99}, "bert": {8: 2.0, 16: 2.0}})) == [
+        "forward pass: eff_performer is not quicker than bert at the longest text measured of both"
+    ], "half a percent may be noise"
+
+
 def test_crossovers_are_interpolated_on_logarithmic_axes() -> None:
-    # Time 4 n against n^2: equal at 4; measured at 2 and 8.
-    line, square = {2: 8.0, 8: 32.0}, {2: 4.0, 8: 64.0}
+    # Time 4 n against n^2, less the 2 % that may be noise: equal at 4; measured at 2 and 8.
+    line, square = {2: 8.0, 8: 32.0}, {2: 4.0 / 0.98, 8: 64.0 / 0.98}
     (found,) = find_crossovers(made_up({"eff_longformer": line, "bert": square}), "forward")
     assert found.length == pytest.approx(4.0) and found.seconds == pytest.approx(16.0)
     assert not found.everywhere and (found.series.kind, found.baseline.kind) == ("eff_longformer", "bert")

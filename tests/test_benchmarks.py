@@ -38,6 +38,9 @@ def test_products_are_those_of_the_pairs() -> None:
                     part.run(False)()
                 done += counter.get_total_flops() // 2
         assert done == 2 * count * module.WIDTH, name
+    products = [part for part in rows["performer"].products if isinstance(part, module.Product)]
+    done = sum(part.rows * part.inner * part.columns * part.times for part in products)
+    assert done == 4 * length * module.WIDTH * module.FEATURES, "features twice, sums of keys and values, results"
     for part in rows["performer"].products + rows["longformer"].products:
         flops = []
         for backward in (False, True):

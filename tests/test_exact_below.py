@@ -8,7 +8,7 @@ from oracles import softmax
 from torch import Tensor
 
 from hf_efficient_attn import EffPerformerConfig, EffReformerConfig, use_efficient_attention
-from hf_efficient_attn.attention.lsh import LSHOptions
+from hf_efficient_attn.attention.lsh import LSHOptions, LSHSelfAttention
 from hf_efficient_attn.attention.performer import PerformerOptions
 from hf_efficient_attn.functional import hash_buckets, hash_rotations, hashed_attention
 from hf_efficient_attn.functional.exact_rows import attend_others, attend_short_rows
@@ -100,6 +100,41 @@ def test_inside_another_model_short_texts_are_the_models_own(name: str, options:
         found = model(input_ids=ids, attention_mask=mask)[0]
     torch.testing.assert_close(found[0, :19], right[0, :19], rtol=0, atol=1e-5)
     assert (found[1] - right[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["eff_performer", "eff_reformer"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_eager_backend_draws_the_same_line(family: str, side: str) -> None:
+    """Examples one token short of the bound, at it, and beyond, in one batch."""
+    config = tiny_config(family, exact_below=20)
+    torch.manual_seed(0)
+    cls = {
+        "eff_performer": modeling_eff_performer.EffPerformerModel,
+        "eff_reformer": modeling_eff_reformer.EffReformerModel,
+    }
+    model = cls[family](config).double().eval()
+    mask, ids = mask_of([19, 20, 21], 21, side), torch.randint(5, 60, (3, 21))
+    with torch.no_grad():
+        sdpa = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        model.set_attn_implementation("eager")
+        eager = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for length in (19, 20):
+            alone = model(input_ids=ids[:1, :length]).last_hidden_state
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(alone, model(input_ids=ids[:1, :length]).last_hidden_state, rtol=0, atol=1e-10)
+            model.set_attn_implementation("eager")
+    torch.testing.assert_close(eager[mask.bool()], sdpa[mask.bool()], rtol=0, atol=1e-10)
+
+
+def test_nothing_is_hashed_where_every_text_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = modeling_eff_reformer.EffReformerModel(tiny_config("eff_reformer", exact_below=20)).eval(), []
+    hashed = LSHSelfAttention.buckets
+    monkeypatch.setattr(LSHSelfAttention, "buckets", lambda *args: calls.append(1) or hashed(*args))
+    with torch.no_grad():
+        model(input_ids=torch.randint(5, 60, (2, 19)))
+        assert not calls
+        model(input_ids=torch.randint(5, 60, (2, 20)))
+    assert calls
 
 
 def test_reversible_layers_compute_the_same_gradients() -> None:

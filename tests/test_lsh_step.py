@@ -1,14 +1,17 @@
 """A single token behind a cache of LSH attention: from first and last tokens of buckets, as if from all of them."""
 
+from typing import Any
+
 import pytest
 import torch
 from causal_models import build
-from helpers import random_ids
+from helpers import model_class, random_ids, tiny_config
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_efficient_attn.attention.lsh_cache import LSHCacheLayer
 from hf_efficient_attn.attention.lsh_index import BucketIndex
+from hf_efficient_attn.bench.generation import cache_bytes
 from hf_efficient_attn.functional import chunk_step, dense_chunk_attention
 
 
@@ -42,7 +45,7 @@ def test_each_token_is_the_last_row_of_what_there_is(
     chunks = {"chunk_length": chunk_length, "chunks_before": chunks_before, "released": released}
     index = BucketIndex(buckets[..., :start], mask[:, :start], room=room, **chunks)
     for now in range(start, length):
-        index.add(buckets[..., now], now, mask[:, now])
+        index.add(buckets[..., now], mask[:, : now + 1])
         found = index.candidates(buckets[..., now])
         some = [x[:, :, : now + 1] for x in (key, value)]
         step = chunk_step(query[:, :, now : now + 1], *some, mask[:, now : now + 1], *found)
@@ -67,7 +70,7 @@ def test_an_index_made_at_once_is_the_one_that_grew(with_mask: bool) -> None:
     chunks = {"room": room, "chunk_length": 3, "chunks_before": 1, "released": True}
     grown = BucketIndex(buckets[..., :1], None if mask is None else mask[:, :1], **chunks)
     for now in range(1, 40):
-        grown.add(buckets[..., now], now, None if mask is None else mask[:, now])
+        grown.add(buckets[..., now], None if mask is None else mask[:, : now + 1])
     whole = BucketIndex(buckets, mask, **chunks)
     assert torch.equal(grown.counts, whole.counts)
     a, b = grown.candidates(buckets[..., -1]), whole.candidates(buckets[..., -1])
@@ -136,6 +139,93 @@ def test_what_happens_to_a_cache_happens_to_its_index() -> None:
     cache.batch_repeat_interleave(2)
     again = cached(model, ids[[0, 0, 1, 1]])
     torch.testing.assert_close(steps(model, more, cache), steps(model, more, again), rtol=0, atol=1e-5)
+
+
+def lsh_layer(cache: Cache) -> LSHCacheLayer:
+    (layer,) = (x for x in cache.layers if isinstance(x, LSHCacheLayer))
+    return layer
+
+
+def eager(model: torch.nn.Module, ids: Tensor, cache: Cache) -> None:
+    model.set_attn_implementation("eager")
+    steps(model, ids, cache)
+    model.set_attn_implementation("sdpa")
+
+
+def dropping(model: torch.nn.Module, ids: Tensor, cache: Cache) -> None:
+    model.train()
+    for layer in model.modules():
+        if hasattr(layer, "dropout_p"):
+            layer.dropout_p = 0.5
+    steps(model, ids, cache)
+    model.eval()
+
+
+def compiled(model: torch.nn.Module, ids: Tensor, cache: Cache) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        steps(model, ids, cache)
+
+
+def several(model: torch.nn.Module, ids: Tensor, cache: Cache) -> None:
+    model(input_ids=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("between", [eager, dropping, compiled, several])
+@torch.no_grad()
+def test_tokens_that_no_index_has_seen_are_found(between: callable) -> None:
+    """Other ways to go on put tokens into the cache alone: an index from before does not do any more."""
+    model = build("eff_reformer", "plain", attn_layers=["lsh"], num_hidden_layers=1).eval()
+    ids = random_ids(2, 60)
+    cache = cached(model, ids[:, :30])
+    steps(model, ids[:, 30:35], cache)
+    assert lsh_layer(cache)._index is not None
+    between(model, ids[:, 35:45], cache)
+    found = steps(model, ids[:, 45:], cache)
+    # The same cache without an index from before, but for the last token.
+    fresh = cached(model, ids[:, :59]) if between is not dropping else None
+    if fresh is not None:
+        torch.testing.assert_close(found[:, -1:], steps(model, ids[:, 59:], fresh), rtol=0, atol=1e-5)
+    index = lsh_layer(cache)._index
+    whole = BucketIndex(
+        lsh_layer(cache).buckets, None, room=index.room, chunk_length=index.chunk_length, chunks_before=1, released=True
+    )
+    assert torch.equal(index.counts, whole.counts)
+
+
+@torch.no_grad()
+def test_a_mask_that_changes_its_mind_about_earlier_tokens_is_heard() -> None:
+    model = build("eff_reformer", "plain", attn_layers=["lsh"], num_hidden_layers=1).eval()
+    ids, mask = random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    cache = cached(model, ids[:, :30])
+    steps(model, ids[:, 30:39], cache)
+    mask[0, 33:36] = 0
+    found = model(input_ids=ids[:, 39:], attention_mask=mask, past_key_values=cache).logits
+    model.set_attn_implementation("eager")
+    cache = cached(model, ids[:, :30])
+    steps(model, ids[:, 30:39], cache)
+    right = model(input_ids=ids[:, 39:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_buckets", "prompt"), [(None, 20), (None, 700), ([16, 32], 40), (64, 900)])
+@torch.no_grad()
+def test_an_index_takes_little_beside_keys_and_values(num_buckets: Any, prompt: int) -> None:
+    """Whatever a config has room for: by the buckets of the text, or none where those are many for its length."""
+    config = tiny_config(
+        "eff_reformer", num_buckets=num_buckets, max_position_embeddings=65536, axial_pos_shape=[256, 256]
+    )
+    model = model_class("eff_reformer", "AutoModelForCausalLM")(config).eval()
+    cache = cached(model, random_ids(1, prompt))
+    layer = lsh_layer(cache)
+    alone = cache_bytes(cache)
+    steps(model, random_ids(1, 3), cache)
+    index, tokens = layer._index, layer.keys.shape[2]
+    assert (index is None) == (num_buckets == [16, 32])
+    if index is not None:
+        numbers = index.first.numel() + index.last.numel()
+        assert numbers <= 8 * tokens * index.counts[..., 0].numel()
+    assert cache_bytes(cache) < 1.6 * alone + 100_000
 
 
 def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:

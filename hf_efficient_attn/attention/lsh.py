@@ -45,9 +45,10 @@ class LSHOptions:
             last chunk of a round is also the one before the first of the next (the very last before the very first),
             and what meets in several rounds counts as often. `"paper"`: only tokens of one bucket meet, nothing is
             before the first chunk, and each pair counts once.
-        exact_below: examples of fewer valid tokens than this attend all of their tokens, without hashing, themselves
-            only where there is no other: another function, quicker where a text is short. Each example's own tokens
-            count, not the length of the batch. 0 is never; not in the causal form.
+        exact_below: tokens of examples of fewer valid ones than this attend all other ones of their example, whatever
+            their buckets, and themselves only where there is no other: another function, on a CPU quicker below about
+            256 tokens. Each example's own tokens count, not the length of the batch. 0 is never; not in the causal
+            form.
     """
 
     lsh_attn_chunk_length: int = 64
@@ -200,9 +201,12 @@ class LSHSelfAttention(ChunkSelfAttention):
             buckets = layer.extend_buckets(self.buckets(query, layer.factors, layer.sizes))
             key, value = past_key_values.update(key, value, self.layer_idx)
             if query.shape[2] == 1 and backend != "eager" and dropout_p == 0.0 and not torch.compiler.is_compiling():
-                found = layer.candidates(key_padding_mask, math.prod(layer.sizes), **self._step_chunks())
-                valid = None if key_padding_mask is None else key_padding_mask[:, -1:]
-                return self.merge(chunk_step(query, key, value, valid, *found)), None
+                found = layer.candidates(key_padding_mask, **self._step_chunks())
+                if found is not None:
+                    valid = None if key_padding_mask is None else key_padding_mask[:, -1:]
+                    return self.merge(chunk_step(query, key, value, valid, *found)), None
+        elif query.shape[2] < self.options.exact_below and not torch.compiler.is_compiling():
+            buckets = None  # nothing is looked for by them
         elif replay:
             buckets = replay["buckets"].long()
         else:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .lsh_index import BucketIndex, Candidates
+from .lsh_index import BucketIndex, Candidates, index_is_smaller
 
 
 class LSHCacheLayer(DynamicLayer):
     """Keys, values and buckets, and the bucket factors that the prompt had.
 
     `factors` is int64 `[batch or 1, tables]`, `sizes` the room for each, `buckets` int64 `[batch, heads, rounds,
-    length]`. Tensors grow into room that is made a quarter at a time, so that a token does not copy all before it.
+    length]`. Tensors grow into room that is made a quarter at a time, so that a token does not copy all before it: one
+    that was taken out changes with the cache, and to go on in two ways takes `copy.deepcopy`.
     """
 
     def __init__(self) -> None:
@@ -22,6 +23,7 @@ class LSHCacheLayer(DynamicLayer):
         self.factors: Tensor | None = None
         self.sizes: tuple[int, ...] = ()
         self.buckets: Tensor | None = None
+        self.room: int | None = None  # buckets that there may be
         self._index: BucketIndex | None = None
         self._rooms: dict[str, Tensor] = {}
 
@@ -35,27 +37,29 @@ class LSHCacheLayer(DynamicLayer):
 
     def extend_buckets(self, new: Tensor) -> Tensor:
         """Buckets `[batch, heads, rounds, tokens]` behind those that are there; returns all."""
-        if new.shape[3] > 1:
-            self._index = None
         self.buckets = new if self.buckets is None else self._grown("buckets", self.buckets, new, 3)
         return self.buckets
 
-    def candidates(self, valid: Tensor | None, room: int, **chunks: Any) -> Candidates:
-        """What the last token attends, the buckets of which have been put in.
+    def candidates(
+        self, valid: Tensor | None, *, chunk_length: int, chunks_before: int, released: bool
+    ) -> Candidates | None:
+        """What the last token attends, whose buckets have been put in; None where an index would be too large for it.
 
         Args:
             valid: `[batch, length]` bool of all tokens, or None.
-            room, chunks: as of `BucketIndex`.
+            chunk_length, chunks_before, released: as of `BucketIndex`.
         """
+        if self.room is None:
+            self.room = int(self.factors.prod(dim=1).amax())
+        if not index_is_smaller(self.room, chunk_length, chunks_before, self.buckets.shape[3]):
+            self._index = None
+            return None
+        chunks = {"chunk_length": chunk_length, "chunks_before": chunks_before, "released": released}
         newest = self.buckets[..., -1]
-        # What was made in inference mode must not be changed outside of it.
-        is_usable = self._index is not None and not (
-            self._index.counts.is_inference() and not torch.is_inference_mode_enabled()
-        )
-        if is_usable:
-            self._index.add(newest, self.buckets.shape[3] - 1, None if valid is None else valid[:, -1])
+        if self._index is not None and self._index.is_before(self.buckets.shape[3], valid):
+            self._index.add(newest, valid)
         else:
-            self._index = BucketIndex(self.buckets, valid, room=room, **chunks)
+            self._index = BucketIndex(self.buckets, valid, room=self.room, **chunks)
         return self._index.candidates(newest)
 
     def _grown(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
@@ -83,14 +87,14 @@ class LSHCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.keys = self.values = self.buckets = self.factors = self._index = None
+        self.keys = self.values = self.buckets = self.factors = self.room = self._index = None
         self._rooms = {}
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number comes as a negative one, as transformers counts."""
         super().crop(tokens_to_remove)
-        self._index = None
+        self._index, self._rooms = None, {}
         if self.buckets is not None:
             self.buckets = self.buckets[..., : self.get_seq_length()]
 

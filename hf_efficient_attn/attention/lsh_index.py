@@ -1,4 +1,6 @@
-"""Which tokens the next one attends, from each bucket's first and last tokens alone: the same work at any length."""
+"""Which tokens the next one attends, from each bucket's first and last tokens alone: work that grows with the number of
+buckets, which a prompt chooses, and not with the text.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +21,15 @@ class Candidates(NamedTuple):
     tokens: Tensor
     allowed: Tensor
     bias: Tensor | None
+
+
+def index_is_smaller(buckets: int, chunk_length: int, chunks_before: int, length: int) -> bool:
+    """Whether an index of so many buckets takes little beside the keys and values of `length` tokens.
+
+    A prompt that chooses their number itself has at most two buckets a chunk, for which it does. With many more,
+    sorting the text takes less.
+    """
+    return buckets * (chunks_before + 2) * chunk_length <= 8 * length
 
 
 class BucketIndex:
@@ -47,6 +58,7 @@ class BucketIndex:
         released: bool,
     ) -> None:
         self.chunk_length, self.slots, self.released = chunk_length, chunks_before + 1, released
+        self.taken_in, self.valid = buckets.shape[3], None if valid is None else valid.clone()
         self.room, heads, tails = room, chunk_length, (chunks_before + 1) * chunk_length
         outer, length, device = buckets.shape[:3], buckets.shape[3], buckets.device
         counted = torch.ones_like(buckets)
@@ -68,13 +80,24 @@ class BucketIndex:
     def _of_order(order: Tensor, start: Tensor, rank: Tensor, length: int) -> Tensor:
         """Tokens of each bucket at some ranks, anything where it has none: `[batch, heads, rounds, room, ranks]`."""
         place = (start[..., None] + rank).clamp(max=length - 1)
-        return order.gather(3, place.flatten(3)).view_as(place)
+        return order.gather(3, place.flatten(3)).view_as(place).to(torch.int32)
 
-    def add(self, bucket: Tensor, token: int, valid: Tensor | None) -> None:
-        """Take in the next token, of `bucket` `[batch, heads, rounds]`, where it is `valid` `[batch]`."""
-        bucket = bucket[..., None]
+    def is_before(self, length: int, valid: Tensor | None) -> bool:
+        """Whether it holds all tokens but the last of `length` with the mask `valid` `[batch, length]`."""
+        if self.taken_in != length - 1 or (self.counts.is_inference() and not torch.is_inference_mode_enabled()):
+            return False  # what was made in inference mode must not be changed outside of it
+        if valid is None or self.valid is None:
+            return valid is self.valid
+        return torch.equal(valid[:, :-1], self.valid)
+
+    def add(self, bucket: Tensor, valid: Tensor | None) -> None:
+        """Take in the next token, of `bucket` `[batch, heads, rounds]`; `valid` `[batch, length]` counts it."""
+        bucket, token = bucket[..., None], self.taken_in
         rank = self.counts.gather(3, bucket)
-        real = torch.ones_like(rank, dtype=torch.bool) if valid is None else valid[:, None, None, None].expand_as(rank)
+        real = torch.ones_like(rank, dtype=torch.bool)
+        if valid is not None:
+            real = valid[:, -1, None, None, None].expand_as(rank)
+        self.taken_in, self.valid = token + 1, None if valid is None else valid.clone()
         self.counts = self.counts.scatter_add(3, bucket, real.long())
         for tokens, place, fits in (
             (self.first, rank, real & (rank < self.first.shape[4])),
@@ -118,6 +141,7 @@ class BucketIndex:
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` along the examples."""
         self.counts, self.first, self.last = (function(x) for x in (self.counts, self.first, self.last))
+        self.valid = None if self.valid is None else function(self.valid)
 
     def _at(self, table: Tensor, where: Tensor, bucket: Tensor) -> Tensor:
         """`table[round, bucket]` for each of `[batch, heads, rounds, keys]`."""
@@ -142,4 +166,4 @@ class BucketIndex:
         last = self.last.flatten(2).gather(2, index.flatten(2)).view_as(index)
         # What is in neither is of places behind the end, which are not allowed.
         is_last = self._at(self.counts, where, bucket) - rank <= tails
-        return torch.where(is_last, last, first)
+        return torch.where(is_last, last, first).long()

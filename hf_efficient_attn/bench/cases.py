@@ -16,7 +16,7 @@ MODES = (*PASSES, "generate")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "sgd")
-TASKS = ("classification", "base", "masked_lm")
+TASKS = ("classification", "base", "masked_lm", "causal_lm")
 GLOBAL_TOKENS = ("none", "cls")
 OK, OVER_MEMORY, OVER_TIME, FAILED, NO_TIME = "ok", "over memory", "over time", "failed", "no time left"
 
@@ -76,6 +76,7 @@ class Case:
         seed: of the token ids and the weights; parameters of one name and shape are equal in all kinds.
         task: "classification"; "masked_lm", with labels for 15 % of the tokens and, where the config has that field,
             `skip_logits=True`; or "base" for the model without a head, whose loss is a mean of its last hidden state.
+            With "generate" it is "causal_lm", whatever is given, and else never.
         global_tokens: "cls" for one global token, the first, or "none"; None leaves it to the task's default.
             Kinds without global tokens ignore it.
         checkpointing: gradient checkpointing, for "train".
@@ -121,6 +122,12 @@ class Case:
             raise ValueError(f"{self.kind} has no causal form to generate with: choose among {able}.")
         if self.mode == "generate" and self.compiled:
             raise ValueError("generate is not measured compiled: leave compiled False, or choose other modes.")
+        if self.mode == "generate":
+            object.__setattr__(self, "task", "causal_lm")
+        elif self.task == "causal_lm":
+            raise ValueError("task is 'causal_lm', which is that of generation: pass another one, or mode='generate'.")
+        if self.checkpointing and self.mode != "train":
+            raise ValueError(f"checkpointing is for training, and mode is {self.mode!r}: leave it False.")
 
     @property
     def series(self) -> Case:
@@ -151,7 +158,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one case may use: seconds for one pass or step, bytes of resident memory for its whole process."""
+    """What one case may use: seconds for one pass or step, bytes of resident memory for its whole process.
+
+    Starting a process and building its model, and in generation reading the text, may take three minutes of their own.
+    """
 
     seconds: float
     memory_bytes: int
@@ -234,12 +244,17 @@ def make_cases(
     """
     cases: dict[Case, None] = {}
     kinds, modes, sizes, global_tokens = list(kinds), list(modes), list(sizes), list(global_tokens)
+    checkpointing = common.pop("checkpointing", False)
+    for name, given in (("kinds", kinds), ("modes", modes)):
+        if not given:
+            raise ValueError(f"no {name} are given: pass at least one.")
     for kind in kinds:
         _one_of("kind", kind, KINDS)
     for length, mode, chosen, kind in product(sorted(set(lengths)), modes, global_tokens, kinds):
         chosen = chosen if KINDS[kind].global_tokens else None
         if tokens is not None:
             common["batch_size"] = max(1, tokens // length)
+        common["checkpointing"] = checkpointing and mode == "train"
         for size in sizes if KINDS[kind].windowed else [replace(s, attention_window=None) for s in sizes]:
             cases[Case(kind, length, mode, size, global_tokens=chosen, **common)] = None
     return list(cases)

@@ -10,15 +10,19 @@ from .cases import Case, Result
 from .kinds import KINDS
 
 
+# What is less quicker than this may be noise.
+_MARGIN = 0.98
+
+
 @dataclass(frozen=True)
 class Crossover:
-    """From where on a series is quicker than the baseline, as far as was measured.
+    """From where on a series is quicker than the baseline, by 2 % at least, as far as was measured.
 
     Args:
         series: the case without its length.
         baseline: likewise.
         length: tokens; None if it is not quicker at the longest length measured of both.
-        seconds: what both take there.
+        seconds: what the series takes there.
         everywhere: it is quicker at every length measured, of which `length` is the shortest.
     """
 
@@ -39,12 +43,13 @@ class Crossover:
 
 
 def find_crossovers(results: Sequence[Result], mode: str) -> list[Crossover]:
-    """One for each series that shares a length with the baseline, the first kind whose time is quadratic."""
+    """One for each series that shares a length with the baseline, which is BERT, or the first quadratic kind."""
     times: dict[Case, dict[int, float]] = {}
     for result in results:
         if result.case.mode == mode and result.median is not None:
             times.setdefault(result.case.series, {})[result.case.length] = result.median
-    baseline = next((series for series in times if KINDS[series.kind].quadratic), None)
+    quadratic = sorted((series for series in times if KINDS[series.kind].quadratic), key=lambda x: x.kind != "bert")
+    baseline = quadratic[0] if quadratic else None
     if baseline is None:
         return []
     others = (series for series in times if series != baseline and times[series].keys() & times[baseline].keys())
@@ -53,7 +58,7 @@ def find_crossovers(results: Sequence[Result], mode: str) -> list[Crossover]:
 
 def _crossover(series: Case, baseline: Case, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Crossover:
     lengths = sorted(ours.keys() & theirs.keys())
-    ratios = {length: math.log(ours[length] / theirs[length]) for length in lengths}
+    ratios = {length: math.log(ours[length] / (theirs[length] * _MARGIN)) for length in lengths}
     slower = [length for length in lengths if ratios[length] >= 0]
     if not slower:
         return Crossover(series, baseline, lengths[0], ours[lengths[0]], everywhere=True)

@@ -14,24 +14,30 @@ if TYPE_CHECKING:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors of a cache, one that several layers or names share counted once."""
+    """Bytes of all tensors of a cache and of what it is made of, one that several names share counted once."""
     storages: dict[int, int] = {}
-    _collect([vars(layer) for layer in cache.layers], storages)
+    _collect(list(cache.layers), storages, set())
     return sum(storages.values())
 
 
-def _collect(value: Any, storages: dict[int, int]) -> None:
+def _collect(value: Any, storages: dict[int, int], seen: set[int]) -> None:
     import torch
 
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         if storage.nbytes():
             storages[storage.data_ptr()] = storage.nbytes()
     elif isinstance(value, dict):
-        _collect(list(value.values()), storages)
+        for part in value.values():
+            _collect(part, storages, seen)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            _collect(part, storages)
+            _collect(part, storages, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        _collect(vars(value), storages, seen)
 
 
 class Generation:

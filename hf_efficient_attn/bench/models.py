@@ -64,7 +64,8 @@ def build_model(case: Case) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             _draw(parameter, name.removeprefix(f"{model.base_model_prefix}."), case.seed, positions)
     if case.checkpointing:
-        model.gradient_checkpointing_enable()
+        # The name until transformers 5.17, and the one since.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model.to(case.device, getattr(torch, case.dtype))
 
 

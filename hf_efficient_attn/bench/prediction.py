@@ -21,7 +21,7 @@ def predict(case: Case, earlier: Iterable[Result], bounds: Bounds) -> Result | N
     memory = [
         (r.case.length, r.peak_bytes / r.case.batch_size) for r in series if r.status == OK and r.peak_bytes is not None
     ]
-    if memory:
+    if memory and case.device == "cpu":  # a GPU says itself when it has no more
         needed = (series[-1].base_bytes or 0) + extrapolate(memory, case) * case.batch_size
         if needed > bounds.memory_bytes:
             detail = f"about {needed / MIB:,.0f} MiB predicted, bound {bounds.memory_bytes / MIB:,.0f} MiB"

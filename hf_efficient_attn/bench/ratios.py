@@ -94,7 +94,9 @@ def _line(comparison: Comparison, mine: Result, other: Result, targets: bool) ->
             _value(comparison.quantity, replace(mine, seconds=[a]), replace(other, seconds=[b]))
             for a, b in zip(mine.seconds, other.seconds, strict=False)
         ]
-        text += f" ({min(turns):.2f} - {max(turns):.2f})" if len(turns) > 1 else ""
+        # Of other numbers of runs the medians are not those of the turns.
+        whole = len(turns) > 1 and len(mine.seconds) == len(other.seconds)
+        text += f" ({min(turns):.2f} - {max(turns):.2f})" if whole else ""
     if not targets or not comparison.target:
         return text
     return f"{text}; {comparison.target}: {'met' if comparison.met_by(value) else 'not met'}"

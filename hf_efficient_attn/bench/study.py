@@ -22,12 +22,17 @@ from .report import describe, markdown_tables, plot, print_tables, write_csv
 
 BASE = ModelSize(768, 2, 12, 3072, 30522, attention_window=512)
 SMALL = ModelSize(64, 2, 2, 256, 4096, attention_window=64)
-NOTES = (
+PASS_NOTES = (
     "Base models without a head. A training step is forward, the backward pass of a mean of the last hidden state, and "
     "plain SGD without momentum, so that it is the model that is measured. Dropout as each config has it by default "
     "(0.1) but where a note says otherwise. Peak memory is resident memory above that of the built model: activations, "
     "and in a training step gradients too. Ratios are of medians; in parentheses their range over the turns. "
     "Threads wait for each other as PyTorch has it by default."
+)
+GENERATION_NOTES = (
+    "Causal language models, greedy. The text is read, and some tokens are generated, before the first timed run, "
+    "which goes on from there; memory is that of all tensors of the cache, its room for more tokens included. Ratios "
+    "are of medians; in parentheses their range over the turns."
 )
 
 
@@ -164,7 +169,10 @@ def agreement_lines(cases: Sequence[Case]) -> list[str]:
 
 def _notes(cases: Sequence[Case]) -> list[str]:
     kinds = dict.fromkeys(case.kind for case in cases)
-    return [NOTES, *(f"{kind}: {KINDS[kind].note}." for kind in kinds if KINDS[kind].note)]
+    modes = {case.mode for case in cases}
+    notes = [PASS_NOTES] if modes & set(PASSES) else []
+    notes += [GENERATION_NOTES] if "generate" in modes else []
+    return [*notes, *(f"{kind}: {KINDS[kind].note}." for kind in kinds if KINDS[kind].note)]
 
 
 def _ratio_section(study: Study, results: Sequence[Result], targets: bool) -> list[str]:

@@ -28,6 +28,7 @@ from ..functional import (
     replace_tokens,
     select_tokens,
     sliding_window_attention,
+    softmax_attention,
     valid_counts,
     zero_padding,
 )
@@ -165,6 +166,8 @@ def _performer(call: Call, options: PerformerOptions) -> Tensor:
 
 def _lsh(call: Call, options: LSHOptions) -> Tensor:
     length, device = call.query.shape[2], call.query.device
+    if length < options.exact_below and not torch.compiler.is_compiling():
+        return softmax_attention(*call.tensors, **call.shared)  # nothing is looked for by hashes
     longest = getattr(call.module.config, "max_position_embeddings", None) or 2**16
     factors, sizes = bucket_factors(
         options, valid_counts(call.key_padding_mask, length, device), length, max(longest, 2**16)
