@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from hf_efficient_attn import functional  # importing registers the families
-from hf_efficient_attn.bench import environment_line, forward_or_gradients, run_script, take_turns
+from hf_efficient_attn.bench import check_out, environment_line, forward_or_gradients, run_script, take_turns
 
 
 HEADS, WIDTH, RADIUS, BLOCK, RANDOM, LANDMARKS, ITERATIONS, FEATURES, CHUNK = 12, 64, 256, 64, 3, 64, 6, 256, 64
@@ -322,8 +322,7 @@ def main(
         raise ValueError(f"--length is {length}, but blocks are whole: pass a multiple of 128, from 1024 on.")
     if repeats < 1 or step_repeats < 0:
         raise ValueError(f"--repeats is {repeats} and --step-repeats {step_repeats}: pass 1 or more, and 0 or more.")
-    if out is not None and (out.suffix != ".md" or not out.parent.is_dir()):
-        raise ValueError(f"--out is {out}, but it has to be a .md file in a folder that exists.")
+    check_out([out])
     if threads is not None:
         torch.set_num_threads(threads)
     lines = [

@@ -32,6 +32,7 @@ from hf_efficient_attn.bench import (
     Case,
     ModelSize,
     Result,
+    check_out,
     environment_line,
     memory_bound,
     run_cases,
@@ -148,8 +149,7 @@ def main(
     for part in chosen:
         if part not in PARTS:
             raise ValueError(f"--parts has {part!r}, which is not known: pass some of {', '.join(PARTS)}.")
-    if out is not None and (out.suffix != ".md" or not out.parent.is_dir()):
-        raise ValueError(f"--out is {out}, but it has to be a .md file in a folder that exists.")
+    check_out([out])
     size, bounds = QUICK if quick else BASE, Bounds(max_seconds, memory_bound(max_memory_gib))
     tokens = split_numbers("lengths", lengths or ("512,4096" if quick else "8192,65536,1048576"))
     lines = [f"{'A small model' if quick else 'Base size'}, float32, one text, one process a case.", ""]

@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import hf_efficient_attn
 from hf_efficient_attn import FAMILIES
-from hf_efficient_attn.bench import environment_line, run_script, split_names, split_numbers
+from hf_efficient_attn.bench import check_out, environment_line, run_script, split_names, split_numbers
 from hf_efficient_attn.demo import ListOpsExample, draw_listops, listops_tokenizer, small_config
 
 
@@ -265,9 +265,7 @@ def main(
     out: Annotated[list[Path] | None, typer.Option(help="File for the results, .csv or .md; may be repeated.")] = None,
 ) -> None:
     """Train every family with one budget on ListOps, and say what each has learned."""
-    for file in out or []:
-        if file.suffix not in (".csv", ".md") or not file.parent.is_dir():
-            raise ValueError(f"--out is {file}, but it has to be a .csv or .md file in a folder that exists.")
+    check_out(out or [], (".csv", ".md"))
     started = time.perf_counter()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = chosen_budget(budget or ("paper" if where.type == "cuda" else "cpu"), steps, lengths)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel
 
 import hf_efficient_attn  # noqa: F401  (registers the families)
-from hf_efficient_attn.bench import environment_line, run_script, split_names
+from hf_efficient_attn.bench import check_out, environment_line, run_script, split_names
 
 
 FAMILIES = ("bert", "eff_longformer", "eff_big_bird", "eff_nystromformer", "eff_performer", "eff_reformer")
@@ -111,8 +111,7 @@ def main(
     """Profile one training step of each family."""
     if length < 1:
         raise ValueError(f"--length is {length}, but it has to be 1 or more.")
-    if out is not None and (out.suffix != ".md" or not out.parent.is_dir()):
-        raise ValueError(f"--out is {out}, but it has to be a .md file in a folder that exists.")
+    check_out([out])
     length, width = (256, 64) if quick else (length, 768)
     columns = (*GROUPS, OTHER)
     lines = [

@@ -29,7 +29,7 @@ import typer
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import hf_efficient_attn  # noqa: F401  (registers the families)
-from hf_efficient_attn.bench import environment_line, run_script, split_names, split_numbers, take_turns
+from hf_efficient_attn.bench import check_out, environment_line, run_script, split_names, split_numbers, take_turns
 
 
 BERT = "bert"
@@ -138,8 +138,7 @@ def _check(families: list[str], modes: list[str], clock: str, batch: int, repeat
     for name, number in (("batch", batch), ("repeats", repeats)):
         if number < 1:
             raise ValueError(f"--{name} is {number}, but it has to be 1 or more.")
-    if out is not None and (out.suffix != ".md" or not out.parent.is_dir()):
-        raise ValueError(f"--out is {out}, but it has to be a .md file in a folder that exists.")
+    check_out([out])
 
 
 @app.command()

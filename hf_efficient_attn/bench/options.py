@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 from .memory import GIB, available_bytes
 
 
@@ -23,6 +26,14 @@ def split_numbers(option: str, text: str, example: str = "1024,4096") -> list[in
     if not numbers:
         raise ValueError(f"--{option} is {text!r}, but it has to be whole numbers separated by commas: {example}.")
     return numbers
+
+
+def check_out(files: Iterable[Path | None], kinds: Sequence[str] = (".md",)) -> None:
+    """Raises `ValueError` for a file of `--out` that is of none of the `kinds`, or whose folder is not there."""
+    words = f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
+    for file in files:
+        if file is not None and (file.suffix not in kinds or not file.parent.is_dir()):
+            raise ValueError(f"--out is {file}, but it has to be a {words} file in a folder that exists.")
 
 
 def memory_bound(max_memory_gib: float | None) -> int:

@@ -15,7 +15,7 @@ from .environment import environment_line
 from .kinds import KINDS
 from .measure import run_cases
 from .memory import MIB
-from .options import memory_bound, split_names, split_numbers
+from .options import check_out, memory_bound, split_names, split_numbers
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
 
@@ -92,7 +92,9 @@ def study_app(study: Study) -> typer.Typer:
         quick: Annotated[bool, typer.Option("--quick", help="A trial run: a small model, no targets.")] = False,
     ) -> None:
         require_extras("rich")
-        _check_files(out or [])
+        check_out(out or [], (".csv", ".md", ".png"))
+        if any(file.suffix == ".png" for file in out or []):
+            require_extras("matplotlib")
         size = replace(SMALL if quick else BASE, num_layers=layers)
         if vocab_size is not None:
             size = replace(size, vocab_size=vocab_size)
@@ -138,14 +140,6 @@ def run_script(app: typer.Typer) -> None:
         app()
     except ValueError as error:
         sys.exit(f"Error: {error}")
-
-
-def _check_files(files: Sequence[Path]) -> None:
-    for file in files:
-        if file.suffix not in (".csv", ".md", ".png") or not file.parent.is_dir():
-            raise ValueError(f"--out is {file}, but it has to be a .csv, .md or .png file in a folder that exists.")
-        if file.suffix == ".png":
-            require_extras("matplotlib")
 
 
 def _setting(size: ModelSize, bounds: Bounds, repeats: int, case_seconds: float, windowed: bool, how: str) -> str:
