@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ _BY_KIND = {"*.json": read_json_value, "*.safetensors": read_safetensors, "rng_s
 
 
 def last_complete_checkpoint(
-    output_dir: str | os.PathLike, *, model: nn.Module | None = None, world_size: int | None = None
+    output_dir: str | os.PathLike,
+    *,
+    model: nn.Module | None = None,
+    world_size: int | None = None,
+    files: Collection[str] = (),
 ) -> str | None:
     """The newest `checkpoint-N` folder of a Trainer run that training can go on from exactly.
 
@@ -49,6 +54,8 @@ def last_complete_checkpoint(
             (the experts of Mixtral and Qwen2-MoE): that is refused too, with what helps. A PEFT model is compared by
             its adapters; what FSDP or DeepSpeed have split is not compared.
         world_size: processes to go on with, if given: the random states of each of them must be there.
+        files: names of files that must be there besides: what not Trainer but your script reads, such as
+            `tokenizer.json`.
 
     Returns:
         The folder, for `Trainer.train(resume_from_checkpoint=...)`, or None where no checkpoint is complete, in which
@@ -68,6 +75,8 @@ def last_complete_checkpoint(
     _check_world_size(world_size)
     for folder in _newest_first(Path(output_dir)):
         checkpoint = _Checkpoint(folder, world_size)
+        there = checkpoint.folder
+        checkpoint.problems += [f"{name}: missing" for name in files if not (there / name).is_file()]
         if not checkpoint.problems:
             if model is not None:
                 checkpoint.compare(model)

@@ -63,15 +63,14 @@ def test_a_saved_folder_says_how_it_is_loaded(
         ("hf_efficient_attn", hf_efficient_attn.__version__),
     ):
         assert f"- {name} {version}\n" in text
-    # The snippet works, but for what was not saved here, and upstream's AutoBackbone, which reads no local folder.
+    # The snippet works, but for what was not saved here.
     monkeypatch.chdir(tmp_path)
     (snippet,) = python_of(text)
     found: dict[str, Any] = {}
     lines = [line for line in snippet.splitlines() if not line.startswith(("tokenizer =", "processor ="))]
     assert len(lines) == len(snippet.splitlines()) - 1
-    if auto != "AutoBackbone":
-        exec("\n".join(lines), found)
-        assert type(found["model"]) is type(model)
+    exec("\n".join(lines), found)
+    assert type(found["model"]) is type(model)
 
 
 def model_class_or_none(family: str, auto: str) -> type | None:

@@ -93,6 +93,15 @@ def files_of(checkpoint: Path) -> list[str]:
     return names
 
 
+def test_what_a_script_reads_besides_can_be_asked_for(run: Path, tmp_path: Path) -> None:
+    output = copy_of(run, tmp_path / "run")
+    assert last_complete_checkpoint(output, files=["tokenizer.json"]) == str(output / "checkpoint-4")
+    (output / "checkpoint-4" / "tokenizer.json").unlink()
+    assert last_complete_checkpoint(output) == str(output / "checkpoint-4")
+    with pytest.warns(UserWarning, match="checkpoint-4 is passed over.*: tokenizer.json: missing"):
+        assert last_complete_checkpoint(output, files=["tokenizer.json"]) == str(output / "checkpoint-2")
+
+
 def passes_over(output: Path, name: str) -> bool:
     """Whether the finder falls back to checkpoint-2, in one warning that names checkpoint-4 and the file."""
     with collect_warnings() as said:

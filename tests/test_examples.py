@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from example_runs import check_outputs, damage_last_checkpoint, error_of, run_example, run_here, write_jsonl
+from example_runs import (
+    EXAMPLES,
+    ROOT,
+    check_outputs,
+    damage_last_checkpoint,
+    error_of,
+    run_example,
+    run_here,
+    write_jsonl,
+)
+from loopback_hub import LoopbackHub
 from transformers import pipeline
 
-import hf_efficient_attn  # noqa: F401  (the pipeline is to know its models)
+from hf_efficient_attn import checkpoint_problems
 
 
 NAME = "finetune_classification"
@@ -76,6 +89,50 @@ def test_training_goes_on_from_the_last_complete_checkpoint(finetuned: Path) -> 
     assert [entry["step"] for entry in history if "eval_loss" in entry][:3] == [step, 2 * step, 3 * step]
 
 
+def test_a_checkpoint_without_its_tokenizer_is_passed_over(finetuned: Path, tmp_path: Path) -> None:
+    """Trainer does not read it, but the example does."""
+    shutil.copytree(finetuned / "out", tmp_path / "out")
+    shutil.copy(finetuned / "rows.csv", tmp_path)
+    for path in (tmp_path / "out").glob("checkpoint-*"):
+        if checkpoint_problems(path):
+            shutil.rmtree(path)
+    older, newest = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-2:]
+    (newest / "tokenizer.json").unlink()
+    options = [*COLUMNS, "--output-dir", "out", "--epochs", "4", "--resume"]
+    with pytest.warns(UserWarning, match=f"{newest.name} is passed over.*tokenizer.json: missing"):
+        run_here(NAME, tmp_path, *options)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert int(older.name[11:]) in [entry["step"] for entry in history if "eval_loss" in entry]
+    table = [{**row, "topic": row["topic"].replace("fruit", "food")} for row in rows()]
+    write_csv(tmp_path / "rows.csv", table)
+    assert "is of a model with the labels air, fruit, plant, and the data have air, food, plant" in error_of(
+        NAME, tmp_path, *options
+    )
+
+
+def test_what_is_pushed_says_how_to_load_it(finetuned: Path, tmp_path: Path) -> None:
+    """And what it was trained on, and how well it did, on the Hub and in the folder."""
+    local = (finetuned / "out" / "README.md").read_text()
+    assert "- Data: rows.csv\n" in local and "accuracy" in local and "- Metrics: not recorded" not in local
+    command = [sys.executable, str(EXAMPLES / f"{NAME}.py"), "--cpu", *COLUMNS, "--max-steps", "2"]
+    command += ["--output-dir", "out", "--push-to-hub", "--hub-model-id", "ada/classifier"]
+    shutil.copy(finetuned / "rows.csv", tmp_path)
+    with LoopbackHub() as hub:
+        environment = {**hub.environment(tmp_path / "home", "hf_ada"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        pushed = hub.repos["ada/classifier"].at("main")[1]
+    card = pushed["README.md"].content.decode()
+    assert "import hf_efficient_attn" in card and "pip install" in card and "- Data: rows.csv\n" in card
+    assert "model.safetensors" in pushed and "tokenizer.json" in pushed
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = subprocess.run(
+        [*command, "--output-dir", "other"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_layers_further_from_the_head_learn_more_slowly(finetuned: Path, tmp_path: Path) -> None:
     data = [*COLUMNS[2:], "--dataset", finetuned / "rows.csv", "--epochs", "1", "--output-dir", "out"]
     run_here(NAME, tmp_path, *data, "--layer-decay", "0.5", "--learning-rate", "1e-3")
@@ -123,6 +180,8 @@ def test_a_stream_takes_its_labels_from_the_command_line(tmp_path: Path) -> None
         (["--dataset", "good.csv", "--resume", "--max-length", "8"], "holds no checkpoint to go on from"),
         (["--dataset", "good.csv", "--layer-decay", "2"], "argument --layer-decay: 2 is above 1"),
         (["--dataset", "good.csv", "--model", "nowhere"], "nowhere"),
+        (["--dataset", "good.csv", "--max-length", "2"], "--max-length is 2, but 2 special tokens"),
+        (["--dataset", "mixed"], "mixed is no file, and cannot be loaded as a data set"),
         (["--dataset", "good.csv", "--output-dir", "good.csv"], "good.csv is a file"),
     ],
 )
@@ -130,6 +189,8 @@ def test_wrong_input_is_explained_in_one_line(options: list[str], message: str, 
     write_csv(tmp_path / "rows.csv", rows())
     (tmp_path / "rows.xml").write_text("<a/>")
     (tmp_path / "broken.csv").write_text("text,label\na,x\nb,y,z,z\n")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "train.json").write_text('{"text": ')
     write_csv(tmp_path / "floats.csv", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}] * 5)
     write_csv(tmp_path / "gaps.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": None}] * 9)
     write_csv(tmp_path / "good.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9)

@@ -77,6 +77,30 @@ def test_an_adapter_gets_the_gradient_of_its_weight(family: str, auto: str, chec
         assert_close(second.grad, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+ATTENTION = ["query", "key", "value"]
+# Family -> what README says to name.
+NAMED = {name: [*ATTENTION, "dense"] for name in FAMILIES} | {
+    "eff_longformer": [*ATTENTION, "query_global", "key_global", "value_global", "dense"],
+    "eff_reformer": [*ATTENTION, "query_key", "dense.dense", "output.dense"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_names_of_the_readme_are_those_of_linear_layers(family: str) -> None:
+    """In every layer: each projection of the attention, and both halves of the feed-forward part."""
+    model, batch = model_and_batch(family, "AutoModel")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=NAMED[family]))
+    found = {name for name, x in adapted.named_modules() if isinstance(x, peft.tuners.lora.Linear)}
+    for name in NAMED[family]:
+        assert any(layer.endswith(f".{name}") for layer in found), name
+    layers = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and "lora" not in name]
+    inner = [name for name in layers if ".layer" in name and not name.endswith("base_layer")]
+    assert not inner, f"left out: {inner}"
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+    paragraph = text[text.index("LoRA (`pip install") :].partition("\n\n")[0]
+    assert all(f"`{name}`" in paragraph for name in NAMED[family])
+
+
 @HEAD
 def test_lora_trains_saves_loads_and_merges(family: str, auto: str, tmp_path: Path) -> None:
     model, batch = model_and_batch(family, auto)

@@ -75,8 +75,10 @@ def load_sides(
     else:
         try:
             splits = load_dataset(source, config, streaming=streaming)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source} is no file, and cannot be loaded as a data set: {error}") from None
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise ValueError(
+                f"{source} is no file, and cannot be loaded as a data set: {error.__cause__ or error}"
+            ) from None
 
     for name in filter(None, (train_split, eval_split)):
         if name not in splits:

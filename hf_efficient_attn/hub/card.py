@@ -79,8 +79,13 @@ def _model(folder: Folder, known: Known, name: str) -> str:
     return "\n\n".join([f"# {name}", family, *([known.summary.strip()] if known.summary else [])])
 
 
+def _auto_class(folder: Folder) -> str | None:
+    """The Auto class that loads it by its name or path; AutoBackbone takes a path for a name on the Hub."""
+    return None if folder.auto_class == "AutoBackbone" else folder.auto_class
+
+
 def _loading(folder: Folder, source: str) -> str:
-    auto = folder.auto_class
+    auto = _auto_class(folder)
     if folder.is_stock:
         lines = [
             f"from transformers import {folder.architecture}",
@@ -111,7 +116,7 @@ def _loading(folder: Folder, source: str) -> str:
 
 
 def _code(folder: Folder, source: str, code: Code) -> str:
-    if (auto := folder.auto_class) is not None:
+    if (auto := _auto_class(folder)) is not None:
         runs = "`trust_remote_code=True` runs that file."
         lines = [
             f"from transformers import {auto}",

@@ -35,7 +35,7 @@ def make_model(
         options: fields of a new model's config, in place of those of `small_config`.
 
     Raises:
-        ValueError: `--max-length` beyond what the model takes.
+        ValueError: `--max-length` beyond what the model takes, or with no room for a text.
     """
     if args.model is None:
         args.max_length = args.max_length or args.new_length
@@ -46,6 +46,11 @@ def make_model(
         config = AutoConfig.from_pretrained(args.model, **(names if labels else {}))
         args.max_length = _input_length(args, config, tokenizer)
         model = auto_class.from_pretrained(args.model, config=config, ignore_mismatched_sizes=bool(labels))
+    special = tokenizer.num_special_tokens_to_add()
+    if args.max_length <= special:
+        raise ValueError(
+            f"--max-length is {args.max_length}, but {special} special tokens stand around every text: pass more."
+        )
     tokenizer.model_max_length = args.max_length
     if model.config.model_type in FAMILIES:
         arguments.ddp_find_unused_parameters = False

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import HTTPError
+
 from hf_efficient_attn import FAMILIES
 
 from .folder import checkpoint_folders
@@ -56,7 +58,7 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:  # the last of the Hub's client, where no answer came
         raise SystemExit(f"Error: {' '.join(str(error).split())}") from None
 
 

@@ -159,7 +159,7 @@ def load_tokenizer(source: str | Path | None, make: Callable[[], Any]) -> PreTra
     if source is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except OSError as error:  # which does not always name it
+        except (OSError, ValueError) as error:  # which do not always name it
             raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from None
         if not tokenizer.is_fast:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from hf_efficient_attn import last_complete_checkpoint
+from hf_efficient_attn import ModelCardCallback, last_complete_checkpoint
 
 from .curves import save_curves
 from .folder import BestOfFolder, RemoveEarlierRun
 from .order import OrderByEpoch
 
 
+# Files of tokenizers and image processors in a checkpoint, which Trainer does not read but the scripts do.
+_READER = re.compile(r"(tokenizer|vocab|merges|spiece|sentencepiece|special_tokens|added_tokens|preprocessor)")
 EVALUATIONS = 6  # of a run whose length is given in steps
 
 
@@ -30,17 +33,37 @@ def checkpoint_to_resume(args: argparse.Namespace, model: PreTrainedModel | None
     Trainer goes on with other rows.
 
     Raises:
-        ValueError: there is none, or it is of another model.
+        ValueError: there is none, or it is of another model or of other labels.
     """
     if not args.resume:
         return None
-    last = last_complete_checkpoint(args.output_dir, model=model)
+    last = last_complete_checkpoint(args.output_dir, model=model, files=_reader_files(Path(args.output_dir)))
     if last is None:
         raise ValueError(
             f"{args.output_dir} holds no checkpoint to go on from that is complete: leave --resume out (with "
             "--overwrite, if the folder holds anything of a run), or name the folder of another run with --output-dir."
         )
+    if model is not None:
+        _check_labels(Path(last), model)
     return last
+
+
+def _reader_files(folder: Path) -> list[str]:
+    """Names of the files of a tokenizer or image processor that any checkpoint of a run has, so that all have to."""
+    names = {path.name for path in folder.glob("checkpoint-*/*") if _READER.match(path.name)}
+    return sorted(names)
+
+
+def _check_labels(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Raises `ValueError` where the checkpoint's model has other labels."""
+    labels = getattr(model.config, "id2label", None)
+    config = AutoConfig.from_pretrained(checkpoint)
+    known = getattr(config, "id2label", labels)
+    if labels and known != labels:
+        raise ValueError(
+            f"{checkpoint} is of a model with the labels {', '.join(map(str, known.values()))}, and the data have "
+            f"{', '.join(map(str, labels.values()))}: go on with the same data, or begin anew with --overwrite."
+        )
 
 
 def training_arguments(
@@ -123,6 +146,11 @@ def train_and_save(
     if args.overwrite:
         trainer.add_callback(RemoveEarlierRun(folder))
     trainer.add_callback(BestOfFolder())
+    if hasattr(trainer.model, "write_card"):  # a model of this package
+        known = {"datasets": args.dataset or "the text or images that the example makes or finds by itself"}
+        trainer.model.card_data = known | (getattr(trainer.model, "card_data", None) or {})
+        trainer.add_callback(ModelCardCallback())
+        trainer.create_model_card = _keep_card
     trainer.add_callback(OrderByEpoch())
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
@@ -136,6 +164,10 @@ def train_and_save(
         trainer.push_to_hub()
     _end_talk(trainer)
     return metrics
+
+
+def _keep_card(*args: Any, **kwargs: Any) -> None:
+    """In place of Trainer's own card, which does not say how to load the model: saving has written ours."""
 
 
 def _end_talk(trainer: Trainer) -> None:
