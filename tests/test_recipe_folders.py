@@ -50,7 +50,7 @@ def train(folder: Path, steps: int, figures: tuple[float, ...], collator: Any = 
         data_collator=collator,
         compute_metrics=lambda prediction: {"accuracy": next(said)},
     )
-    args = Namespace(output_dir=folder, overwrite=folder.name == "anew", push_to_hub=False)
+    args = Namespace(output_dir=folder, overwrite=folder.name == "anew", push_to_hub=False, dataset=None)
     train_and_save(trainer, args, None if args.overwrite else last_complete_checkpoint(folder))
     assert next(said, None) is None
 
