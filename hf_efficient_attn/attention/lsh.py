@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..cpu import linear_maps
 from ..functional import (
+    all_are_short,
     check_exact_below,
     chunk_step,
     hash_buckets,
@@ -205,7 +206,7 @@ class LSHSelfAttention(ChunkSelfAttention):
                 if found is not None:
                     valid = None if key_padding_mask is None else key_padding_mask[:, -1:]
                     return self.merge(chunk_step(query, key, value, valid, *found)), None
-        elif query.shape[2] < self.options.exact_below and not torch.compiler.is_compiling():
+        elif all_are_short(query.shape[2], self.options.exact_below):
             buckets = None  # nothing is looked for by them
         elif replay:
             buckets = replay["buckets"].long()

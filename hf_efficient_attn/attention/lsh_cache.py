@@ -25,7 +25,7 @@ class LSHCacheLayer(DynamicLayer):
         self.buckets: Tensor | None = None
         self.room: int | None = None  # buckets that there may be
         self._index: BucketIndex | None = None
-        self._rooms: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, heads, tokens, head_dim]` behind those that are there; returns all."""
@@ -66,11 +66,11 @@ class LSHCacheLayer(DynamicLayer):
         """`held` and `new` along `dim`, in memory that has room for more."""
         needs_grad = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
         if held.numel() == 0 or needs_grad or torch.compiler.is_compiling():
-            self._rooms.pop(name, None)
+            self._memory.pop(name, None)
             return new if held.numel() == 0 else torch.cat([held, new], dim=dim)
         length = held.shape[dim]
         total = length + new.shape[dim]
-        room = self._rooms.get(name)
+        room = self._memory.get(name)
         if (
             room is None
             or room.data_ptr() != held.data_ptr()
@@ -79,7 +79,7 @@ class LSHCacheLayer(DynamicLayer):
             or (room.is_inference() and not torch.is_inference_mode_enabled())
         ):
             shape = (*held.shape[:dim], total + total // 4, *held.shape[dim + 1 :])
-            room = self._rooms[name] = held.new_empty(shape)
+            room = self._memory[name] = held.new_empty(shape)
             room.narrow(dim, 0, length).copy_(held)
         room.narrow(dim, length, new.shape[dim]).copy_(new)
         return room.narrow(dim, 0, total)
@@ -88,13 +88,13 @@ class LSHCacheLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.keys = self.values = self.buckets = self.factors = self.room = self._index = None
-        self._rooms = {}
+        self._memory = {}
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number comes as a negative one, as transformers counts."""
         super().crop(tokens_to_remove)
-        self._index, self._rooms = None, {}
+        self._index, self._memory = None, {}
         if self.buckets is not None:
             self.buckets = self.buckets[..., : self.get_seq_length()]
 

@@ -30,14 +30,14 @@ def _collect(value: Any, storages: dict[int, int], seen: set[int]) -> None:
         storage = value.untyped_storage()
         if storage.nbytes():
             storages[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(value, dict):
-        for part in value.values():
-            _collect(part, storages, seen)
-    elif isinstance(value, (list, tuple)):
+        return
+    if not isinstance(value, (dict, list, tuple, type)) and hasattr(value, "__dict__"):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
         for part in value:
             _collect(part, storages, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        _collect(vars(value), storages, seen)
 
 
 class Generation:

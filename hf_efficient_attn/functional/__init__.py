@@ -12,7 +12,7 @@ from .chunk_plan import valid_counts
 from .chunk_step import chunk_step
 from .dense import dense_attention, dense_softmax_attention, softmax_attention
 from .dense_execution import dense_execution
-from .exact_rows import check_exact_below
+from .exact_rows import all_are_short, check_exact_below
 from .favor import check_exact_kernel, dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
@@ -33,6 +33,7 @@ __all__ = [
     "KERNELS",
     "PerformerState",
     "TokenSlots",
+    "all_are_short",
     "big_bird_attention",
     "blocks_in_reach",
     "check_exact_below",

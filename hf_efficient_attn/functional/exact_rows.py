@@ -28,6 +28,11 @@ def check_exact_below(exact_below: int, causal: bool) -> None:
         )
 
 
+def all_are_short(length: int, exact_below: int) -> bool:
+    """Whether every example of a batch of `length` is below the bound, by shape alone; in a graph nothing is known."""
+    return not torch.compiler.is_compiling() and length < exact_below
+
+
 def attend_short_rows(
     estimate: Attend,
     exact: Attend,
@@ -52,7 +57,7 @@ def attend_short_rows(
         As `query`.
     """
     tensors, length, compiling = (query, key, value), query.shape[2], torch.compiler.is_compiling()
-    if not compiling and length < exact_below:
+    if all_are_short(length, exact_below):
         return exact(*tensors, key_padding_mask)
     if not compiling and key_padding_mask is None:
         return estimate(*tensors, None)

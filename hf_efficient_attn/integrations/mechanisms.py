@@ -12,6 +12,7 @@ from ..attention.lsh import LSHOptions, bucket_factors, unit_keys
 from ..attention.nystromformer import NystromformerOptions
 from ..attention.performer import PerformerOptions
 from ..functional import (
+    all_are_short,
     big_bird_attention,
     count_blocks,
     count_text_blocks,
@@ -166,7 +167,7 @@ def _performer(call: Call, options: PerformerOptions) -> Tensor:
 
 def _lsh(call: Call, options: LSHOptions) -> Tensor:
     length, device = call.query.shape[2], call.query.device
-    if length < options.exact_below and not torch.compiler.is_compiling():
+    if all_are_short(length, options.exact_below):
         return softmax_attention(*call.tensors, **call.shared)  # nothing is looked for by hashes
     longest = getattr(call.module.config, "max_position_embeddings", None) or 2**16
     factors, sizes = bucket_factors(
