@@ -5,7 +5,8 @@ attention functions; that is its only side effect.
 Classes load when they are first used.
 """
 
-import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .auto import FAMILIES, after_models, public_names, register
@@ -159,10 +160,21 @@ def _publish() -> None:
     importlib.import_module(".hub.publishing", __name__).attach()
 
 
+def _fuse() -> None:
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module(".functional.fused", __name__).FusedTable.source = _kernels
+
+
+def _kernels() -> "Mapping[str, Callable[..., Any]]":
+    from .cuda import KERNELS  # loads Triton: not before a tensor on a GPU is there
+
+    return KERNELS
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-after_models.append(_publish)
+after_models += [_publish, _fuse]
 register()
 register_attention()

@@ -40,6 +40,7 @@ PUBLIC = LIBRARY | {
 }
 ROOMS: dict[str, set[str]] = {
     "cpu": set(),
+    "cuda": {"cpu"},
     "functional": {"cpu"},
     "attention": {"cpu", "functional"},
     "encoder": {"cpu"},
@@ -63,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
     "hub": LIBRARY,
     "integrations": LIBRARY | {"modes"},
     "running": set(),
-    "__init__": PUBLIC - {"__init__"},
+    "__init__": PUBLIC - {"__init__"} | {"cuda"},
     "bench": PUBLIC,
     "demo": PUBLIC | {"bench"},
     "recipes": PUBLIC | {"demo"},
@@ -72,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
 }
 
 # Room -> what it may import from outside besides the standard library; a room without a row may import anything.
-OUTSIDE = {"cpu": {"torch"}, "functional": {"torch"}}
+OUTSIDE = {"cpu": {"torch"}, "cuda": {"torch", "triton"}, "functional": {"torch"}}
 
 # Room -> modules of the room that its other modules may share. Its other modules and folders (one mechanism, one
 # family each) do not know each other.

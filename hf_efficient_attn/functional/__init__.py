@@ -16,6 +16,7 @@ from .exact_rows import all_are_short, check_exact_below
 from .favor import check_exact_kernel, dense_performer_attention, performer_attention, performer_step
 from .favor_causal import PerformerState
 from .favor_features import KERNELS, orthogonal_features
+from .fused import FusedTable, fused, fused_kernels
 from .grid_window import grid_window_allowed, grid_window_attention
 from .hashed_attention import hashed_attention
 from .inputs import count_blocks, zero_padding
@@ -30,6 +31,7 @@ from .window_flex import flex_sliding_window_attention, window_block_mask
 
 
 __all__ = [
+    "FusedTable",
     "KERNELS",
     "PerformerState",
     "TokenSlots",
@@ -51,6 +53,8 @@ __all__ = [
     "dense_performer_attention",
     "dense_softmax_attention",
     "flex_sliding_window_attention",
+    "fused",
+    "fused_kernels",
     "gather_tokens",
     "grid_window_allowed",
     "grid_window_attention",
