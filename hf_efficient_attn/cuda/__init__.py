@@ -3,5 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .blocks import block_attention
+from .window import window_attention
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+
+KERNELS: dict[str, Callable[..., Any]] = {"blocks": block_attention, "window": window_attention}
