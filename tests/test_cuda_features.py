@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-import triton_interpreter  # isort: skip
-import triton_bfloat16  # noqa: F401  # isort: skip
 from torch import Tensor
 from torch.testing import assert_close
+from triton_bfloat16 import DEVICE
 
 from hf_efficient_attn.cuda import arithmetic
 from hf_efficient_attn.cuda.features import feature_mix, feature_sums
 
 
-DEVICE = triton_interpreter.DEVICE
 BATCH, HEADS, WIDTH = 2, 2, 16
 
 

@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-import triton_interpreter  # isort: skip
-import triton_bfloat16  # noqa: F401  # isort: skip
 from torch import Tensor
 from torch.testing import assert_close
+from triton_bfloat16 import DEVICE
 
 from hf_efficient_attn.cuda import arithmetic
 from hf_efficient_attn.cuda.inverse import pinv_iterations
 from hf_efficient_attn.cuda.segments import segment_means
 from hf_efficient_attn.functional.nystrom import segment_landmarks
-
-
-DEVICE = triton_interpreter.DEVICE
 
 
 def right_iterations(matrix: Tensor, start: Tensor, iterations: int) -> Tensor:

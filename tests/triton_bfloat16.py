@@ -1,11 +1,13 @@
-"""Mends Triton's interpreter in bfloat16: to be imported after `triton_interpreter`, before kernels run.
+"""Mends Triton's interpreter in bfloat16: to be imported in place of `triton_interpreter`.
 
-In Triton 3.6 it multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off where a GPU rounds.
+In Triton 3.6 it multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off where a GPU
+rounds.
 """
+
+from triton_interpreter import DEVICE  # isort: skip  # it must come before Triton
 
 import numpy as np
 import triton.language as tl
-import triton_interpreter
 from triton.runtime import interpreter
 
 
@@ -31,6 +33,6 @@ def _cast_impl(builder, source, target):
     return _cast(builder, source, target)
 
 
-if triton_interpreter.DEVICE == "cpu":
+if DEVICE == "cpu":
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.InterpreterBuilder.cast_impl = _cast_impl

@@ -62,7 +62,7 @@ def draw_lines(key, places, SALT: tl.constexpr):
 
 @triton.jit
 def draws(lines):
-    """Uniform whole numbers in `[0, 2^24)`: the upper bits of a last mixing, of the xor of a row's hash and a column's."""
+    """Uniform whole numbers in `[0, 2^24)`, of the xor of a row's hash and a column's: upper bits of a last mixing."""
     number = (lines ^ (lines >> 16)) * 0x21F0AAAD
     number = (number ^ (number >> 15)) * 0x735A2D97
     return (number >> 8).to(tl.int32)

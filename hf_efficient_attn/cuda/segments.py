@@ -54,7 +54,7 @@ def _segment_kernel(
         member = s[:, None] == own[None, :]
         # Products with 0 and 1 are exact, in half precision as well.
         if IS_HALF:
-            acc = tl.dot(member.to(x.dtype), x, acc)
+            acc = tl.dot(member.to(tl.float32).to(x.dtype), x, acc)
         else:
             acc = tl.dot(member.to(tl.float32), x, acc, input_precision="ieee")
     row = (group.to(tl.int64) * chunks + chunk) * landmarks + s
