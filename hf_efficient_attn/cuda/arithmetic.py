@@ -86,17 +86,6 @@ def split_tensor(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return high, (tensor.float() - high.float()).to(torch.bfloat16).contiguous()
 
 
-def in_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows are contiguous, else a copy; kernels take any other strides."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def empty_merged(like: Tensor) -> Tensor:
-    """`[batch, heads, length, head_dim]` whose heads lie side by side for each token, as they are merged."""
-    batch, heads, length, width = like.shape
-    return torch.empty(batch, length, heads, width, dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
 def block_of(features: int) -> int:
     """Features at a time: 64, or as few as hold them all and a tensor core takes."""
     return min(64, max(16, triton.next_power_of_2(features)))

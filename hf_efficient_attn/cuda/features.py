@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import empty_merged
 from .features_forward import mix_for_queries, sum_over_keys
 from .mix_backward import mix_gradients
 from .sums_backward import sum_gradients
+from .tiles import dropout_seed, empty_like_rows
 
 
 @torch.library.custom_op("hf_efficient_attn::feature_sums", mutates_args=())
@@ -81,7 +81,7 @@ def _mix_op(
 
 @_mix_op.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_merged(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_like_rows(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _keep_for_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -126,7 +126,7 @@ def feature_sums(
         key_padding_mask: `[batch, length]` bool, True = counts. What stands elsewhere is not read.
         dropout_p: dropout of the features in the first sums, not in the second.
         whole_keys: drop a key from all features of a head, or from none.
-        seed: one whole number, on the device; needed for dropout.
+        seed: one whole number, on the device; with dropout drawn from torch's generator if there is none.
         precise: products with features to 16 bits, not to 8.
 
     Returns:
@@ -135,6 +135,7 @@ def feature_sums(
     Choromanski et al. 2020, arXiv 2009.14794, and Xiong et al. 2021, arXiv 2102.03902, with the running maximum of
     Dao et al. 2022, arXiv 2205.14135. Time O(length * features * head_dim), memory O(features * head_dim).
     """
+    seed = dropout_seed(dropout_p, key.device) if seed is None else seed
     return _sums_op(key, value, weights, key_padding_mask, seed, root, half_norm, dropout_p, whole_keys, precise)
 
 
@@ -167,4 +168,5 @@ def feature_mix(
 
     References as of `feature_sums`. Time O(length * features * head_dim), memory O(length).
     """
+    seed = dropout_seed(dropout_p, query.device) if seed is None else seed
     return _mix_op(query, weights, table, normalisers, bias, query_padding_mask, seed, root, dropout_p, precise)[0]

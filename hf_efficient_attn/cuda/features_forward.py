@@ -12,14 +12,13 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    empty_merged,
-    in_rows,
     parts_of,
     product,
     share_out,
     split,
     split_tensor,
 )
+from .tiles import empty_like_rows, rows
 
 
 _TILE = 64  # tokens at a time in the sums, where features are the rows
@@ -244,7 +243,7 @@ def sum_over_keys(
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `features.feature_sums`."""
-    key, value = in_rows(key), in_rows(value)
+    key, value = rows(key), rows(value)
     batch, heads, length, width = key.shape
     features, groups = weights.shape[-2], batch * heads
     block = block_of(features)
@@ -308,13 +307,13 @@ def mix_for_queries(
     precise: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `features.feature_mix`; and the logarithms of base 2 of the normalisers, inf where a row is 0."""
-    query = in_rows(query)
+    query = rows(query)
     batch, heads, length, width = query.shape
     features, groups = weights.shape[-2], batch * heads
     tile = 128 if length > 64 else 64
     high, low = split_tensor(weights)
     table_high, table_low = split_tensor(table)
-    result = empty_merged(query)
+    result = empty_like_rows(query)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     first_kept, factor_kept = drop_limits(dropout_p)
     _mix_kernel[(groups * triton.cdiv(length, tile),)](

@@ -12,14 +12,13 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    empty_merged,
-    in_rows,
     parts_of,
     product,
     share_out,
     split,
     split_tensor,
 )
+from .tiles import empty_like_rows, rows
 
 
 @triton.jit
@@ -273,7 +272,7 @@ def mix_gradients(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, weights (an empty tensor if they are not wanted), table, normalisers and bias."""
-    query, above = in_rows(query), in_rows(above)
+    query, above = rows(query), rows(above)
     batch, heads, length, width = query.shape
     features, groups, block = weights.shape[-2], batch * heads, block_of(weights.shape[-2])
     shared = (
@@ -299,9 +298,9 @@ def mix_gradients(
         "DROPOUT": dropout_p > 0.0,
         "num_stages": 2 if width <= 64 else 1,
     }
-    query_grad, delta = empty_merged(query), torch.empty_like(lse)
+    query_grad, delta = empty_like_rows(query), torch.empty_like(lse)
     if result.stride() != query_grad.stride():
-        result = empty_merged(query).copy_(result)
+        result = empty_like_rows(query).copy_(result)
     tile = 128 if length > 64 else 64
     grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
     outputs = (delta, query_grad, *strides, *query_grad.stride()[:3])
@@ -342,4 +341,4 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight_grad = weights.new_empty(weights.shape) if want_weights else weights.new_empty(0)
     lines = [normalisers.new_empty(normalisers.shape) for _ in range(2)]
-    return empty_merged(query), weight_grad, table.new_empty(table.shape), *lines
+    return empty_like_rows(query), weight_grad, table.new_empty(table.shape), *lines

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import block_of, empty_merged, in_rows, share_out
+from .arithmetic import block_of, share_out
+from .tiles import empty_like_rows, rows
 
 
 _TILE = 64
@@ -63,7 +64,7 @@ def _segment_kernel(
 
 @torch.library.custom_op("hf_efficient_attn::segment_means", mutates_args=())
 def _means_op(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
-    tensor, segment = in_rows(tensor), segment.contiguous()
+    tensor, segment = rows(tensor), segment.contiguous()
     batch, heads, length, width = tensor.shape
     landmarks = sizes.shape[1]
     block = block_of(landmarks)
@@ -101,16 +102,16 @@ def _(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
 def _spread_op(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
     """The gradient of each token: its segment's, shared out among its tokens; 0 at padding."""
     batch, heads, landmarks, width = grad.shape
-    rows = torch.zeros(batch, landmarks + 1, heads, width, dtype=like.dtype, device=grad.device)
-    rows[:, :landmarks] = (grad / sizes[:, None]).transpose(1, 2)
+    shares = torch.zeros(batch, landmarks + 1, heads, width, dtype=like.dtype, device=grad.device)
+    shares[:, :landmarks] = (grad / sizes[:, None]).transpose(1, 2)
     first = torch.arange(batch, device=grad.device)[:, None] * (landmarks + 1)
-    spread = rows.flatten(2).flatten(0, 1).index_select(0, (segment + first).flatten())
+    spread = shares.flatten(2).flatten(0, 1).index_select(0, (segment + first).flatten())
     return spread.view(batch, -1, heads, width).transpose(1, 2)
 
 
 @_spread_op.register_fake
 def _(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
-    return empty_merged(like)
+    return empty_like_rows(like)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

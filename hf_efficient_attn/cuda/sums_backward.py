@@ -12,14 +12,13 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    empty_merged,
-    in_rows,
     parts_of,
     product,
     share_out,
     split,
     split_tensor,
 )
+from .tiles import empty_like_rows, rows
 
 
 @triton.jit
@@ -266,7 +265,7 @@ def sum_gradients(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of keys, values and, if they are wanted, weights; else an empty tensor in their place."""
-    key, value = in_rows(key), in_rows(value)
+    key, value = rows(key), rows(value)
     batch, heads, length, width = key.shape
     features, groups, block = weights.shape[-2], batch * heads, block_of(weights.shape[-2])
     sums_high, sums_low = split_tensor(sums_grad)
@@ -296,7 +295,7 @@ def sum_gradients(
         "WHOLE_KEYS": whole_keys,
         "num_stages": 2 if width <= 64 else 1,
     }
-    key_grad, value_grad = empty_merged(key), empty_merged(value)
+    key_grad, value_grad = empty_like_rows(key), empty_like_rows(value)
     tile = 128 if length > 64 else 64
     grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
     outputs = (key_grad, value_grad, *strides, *key_grad.stride()[:3])
@@ -330,4 +329,4 @@ def _(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights_grad = weights.new_empty(weights.shape) if want_weights else weights.new_empty(0)
-    return empty_merged(key), empty_merged(value), weights_grad
+    return empty_like_rows(key), empty_like_rows(value), weights_grad
