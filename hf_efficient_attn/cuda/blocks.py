@@ -28,14 +28,14 @@ _WARPS, _STAGES = 4, 2
 
 
 @triton.jit
-def _tokens(SOURCE, FILLED, first, block, length, SIZE: tl.constexpr, TILE: tl.constexpr, HAS_SOURCE: tl.constexpr):
+def _tokens(SOURCE, FILLED, first, filled, block, length, SIZE: tl.constexpr, TILE: tl.constexpr, HAS_SOURCE: tl.constexpr):
     """Tokens at a block's places, and which places have one."""
     offset = tl.arange(0, TILE)
     place = block * SIZE + offset
     if HAS_SOURCE:
         there = (offset < SIZE) & (place >= 0)
         token = tl.load(SOURCE + first + place, mask=there, other=0)
-        return token, flags(there, FILLED, first, place, True)
+        return token, flags(there, FILLED, filled, place, True)
     return place, (offset < SIZE) & (place >= 0) & (place < length)
 
 
@@ -54,7 +54,7 @@ def _scores(q, k, row, column, there, scale, CAUSAL: tl.constexpr, PENALTY: tl.c
 @triton.jit
 def _forward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, l_b, l_h, s_b, s_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, l_b, l_h, s_b, s_h, f_b, f_h,
     length, heads, front, width, scale, threshold, factor,
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,8 +62,8 @@ def _forward(
     block, pair = tl.program_id(0), tl.program_id(1)
     example, head = (pair // heads).to(tl.int64), pair % heads
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
-    first = example * s_b + head * s_h
-    row, row_is_there = _tokens(SOURCE, FILLED, first, block + front, length, SIZE, TILE, HAS_SOURCE)
+    first, filled = example * s_b + head * s_h, example * f_b + head * f_h
+    row, row_is_there = _tokens(SOURCE, FILLED, first, filled, block + front, length, SIZE, TILE, HAS_SOURCE)
     q = load_rows(Q + example * q_b + head * q_h, row, row_is_there, q_n, WIDTH)
     top = tl.full([TILE], -1e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -71,7 +71,8 @@ def _forward(
     key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
-        column, there = _tokens(SOURCE, FILLED, first, tl.load(entries + number), length, SIZE, TILE, HAS_SOURCE)
+        near = tl.load(entries + number)
+        column, there = _tokens(SOURCE, FILLED, first, filled, near, length, SIZE, TILE, HAS_SOURCE)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
         scores, allowed = _scores(q, k, row, column, there, scale, CAUSAL, PENALTY, PRECISION)
         scores = tl.where(allowed, scores, -1e30)
@@ -93,7 +94,7 @@ def _forward(
 @triton.jit
 def _backward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE, GRAD, GLSE, DQ, DK, DV,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, l_b, l_h, s_b, s_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, l_b, l_h, s_b, s_h, f_b, f_h,
     length, heads, front, width, scale, plain_scale, threshold, factor,
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,8 +103,8 @@ def _backward(
     example, head = (pair // heads).to(tl.int64), pair % heads
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     DK, DV = DK + example * d_b + head * d_h, DV + example * d_b + head * d_h
-    first = example * s_b + head * s_h
-    row, row_is_there = _tokens(SOURCE, FILLED, first, block + front, length, SIZE, TILE, HAS_SOURCE)
+    first, filled = example * s_b + head * s_h, example * f_b + head * f_h
+    row, row_is_there = _tokens(SOURCE, FILLED, first, filled, block + front, length, SIZE, TILE, HAS_SOURCE)
     q = load_rows(Q + example * q_b + head * q_h, row, row_is_there, q_n, WIDTH)
     grad = load_rows(GRAD + example * g_b + head * g_h, row, row_is_there, g_n, WIDTH)
     result = load_rows(OUT + example * o_b + head * o_h, row, row_is_there, o_n, WIDTH)
@@ -115,7 +116,8 @@ def _backward(
     key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
-        column, there = _tokens(SOURCE, FILLED, first, tl.load(entries + number), length, SIZE, TILE, HAS_SOURCE)
+        near = tl.load(entries + number)
+        column, there = _tokens(SOURCE, FILLED, first, filled, near, length, SIZE, TILE, HAS_SOURCE)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
         scores, allowed = _scores(q, k, row, column, there, scale, CAUSAL, PENALTY, PRECISION)
         allowed = allowed & row_is_there[:, None]
@@ -136,15 +138,10 @@ def _backward(
     tl.store(target, (dq * plain_scale).to(DQ.dtype.element_ty), mask=row_is_there[:, None])
 
 
-def _tables(*tables: Tensor | None) -> list[Tensor | None]:
-    """In one order, because the kernels know the strides of one for source and filled."""
-    return [None if x is None else x.contiguous() for x in tables]
-
-
-def _steps(lists: Tensor, source: Tensor | None) -> tuple[int, ...]:
+def _steps(*tables: Tensor | None) -> tuple[int, ...]:
     """Strides of examples and heads, 0 where all have the same."""
     found: tuple[int, ...] = ()
-    for table in (lists, source):
+    for table in tables:
         found += (0, 0) if table is None else tuple(0 if table.shape[i] == 1 else table.stride(i) for i in (0, 1))
     return found
 
@@ -176,7 +173,7 @@ def blocks_forward(
         lists: int32 `[batch or 1, heads or 1, blocks, entries]`, the blocks that each block attends; -1 for none.
         source: int32 `[batch or 1, heads or 1, places]`, the token at each place, `size` places a block; None where
             token and place are the same number.
-        filled: bool like `source`, whether there is one; None with it.
+        filled: bool `[batch or 1, heads or 1, places]`, whether there is one; None with it.
         seed: of dropout, one number; None where nothing is dropped.
         size: tokens of a block.
         front: blocks before the first one of `lists`.
@@ -188,10 +185,10 @@ def blocks_forward(
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     if source is not None:
         out.zero_(), lse.zero_()
-    lists, source, filled = _tables(lists, source, filled)
+    lists = lists.contiguous()
     _forward[(lists.shape[2], batch * heads)](
         query, key, value, lists, source, filled, seed, out, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
         length, heads, front, lists.shape[3], scale * _LOG2E, *dropout_threshold(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
@@ -228,11 +225,11 @@ def blocks_backward(
     grad, query, key, value = rows(grad), rows(query), rows(key), rows(value)
     batch, heads, _, width = query.shape
     dq, dk, dv = (empty_like_rows(query, torch.float32).zero_() for _ in range(3))
-    lists, source, filled = _tables(lists, source, filled)
+    lists = lists.contiguous()
     _backward[(lists.shape[2], batch * heads)](
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
-        *dq.stride()[:3], *_steps(lists, source), query.shape[2], heads, front, lists.shape[3],
+        *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, front, lists.shape[3],
         scale * _LOG2E, scale, *dropout_threshold(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
