@@ -292,7 +292,7 @@ def mix_gradients(
         "BLOCK": block,
         "INPUT_PARTS": parts_of(query.dtype),
         "WEIGHT_PARTS": parts_of(weights.dtype),
-        "PARTS": 2 if precise else 1,
+        "PARTS": 2 if precise else parts_of(query.dtype),
         "HAS_BIAS": bias is not None,
         "HAS_KEEP": keep is not None,
         "DROPOUT": dropout_p > 0.0,

@@ -288,7 +288,7 @@ def sum_gradients(
         "BLOCK": block,
         "INPUT_PARTS": parts_of(key.dtype),
         "WEIGHT_PARTS": parts_of(weights.dtype),
-        "PARTS": 2 if precise else 1,
+        "PARTS": 2 if precise else parts_of(key.dtype),
         "HALF_NORM": half_norm,
         "HAS_KEEP": keep is not None,
         "DROPOUT": dropout_p > 0.0,
