@@ -12,6 +12,7 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
+    on_its_device,
     parts_of,
     product,
     share_out,
@@ -255,6 +256,7 @@ def _feature_kernel(
 
 
 @torch.library.custom_op("hf_efficient_attn::feature_mix_backward", mutates_args=())
+@on_its_device
 def mix_gradients(
     query: Tensor,
     weights: Tensor,

@@ -12,6 +12,7 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
+    on_its_device,
     parts_of,
     product,
     share_out,
@@ -248,6 +249,7 @@ def _weight_kernel(
 
 
 @torch.library.custom_op("hf_efficient_attn::feature_sums_backward", mutates_args=())
+@on_its_device
 def sum_gradients(
     key: Tensor,
     value: Tensor,
