@@ -81,16 +81,13 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "PROGRAMS", 12)
 
 
-SHAPES = [(150, 70, True, None), (150, 16, False, "right"), (67, 100, False, "left"), (130, 5, True, "left")]
+SHAPES = [(140, 70, True, None), (80, 16, False, "right"), (67, 100, False, "left"), (66, 5, True, "left")]
 
 
-@pytest.mark.parametrize("whole_keys", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("dropout_p", "whole_keys"), [(0.0, False), (0.5, False), (0.5, True)])
 @pytest.mark.parametrize(("length", "features", "shared", "side"), SHAPES)
 def test_sums(length: int, features: int, shared: bool, side: str | None, dropout_p: float, whole_keys: bool) -> None:
     """Dropout is read off the sums of values that are an identity matrix."""
-    if whole_keys and dropout_p == 0.0:
-        pytest.skip("nothing to drop")
     shape = (BATCH, HEADS, length, WIDTH)
     rows = (features, WIDTH) if shared else (BATCH, HEADS, features, WIDTH)
     sums, ones = (BATCH, HEADS, features, WIDTH), (BATCH, HEADS, features)

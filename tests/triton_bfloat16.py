@@ -1,6 +1,6 @@
 """Mends Triton's interpreter in bfloat16: to be imported in place of `triton_interpreter`.
 
-In Triton 3.6 it multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off where a GPU
+Up to Triton 3.9 it multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off where a GPU
 rounds.
 """
 

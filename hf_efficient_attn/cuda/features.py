@@ -127,7 +127,7 @@ def feature_sums(
         dropout_p: dropout of the features in the first sums, not in the second.
         whole_keys: drop a key from all features of a head, or from none.
         seed: one whole number, on the device; with dropout drawn from torch's generator if there is none.
-        precise: products with features to 16 bits, not to 8.
+        precise: products with features to 16 bits also in bfloat16, which itself has 8.
 
     Returns:
         In float32 `[batch, heads, features, head_dim]`, `[batch, heads, features]` and `top`, likewise.

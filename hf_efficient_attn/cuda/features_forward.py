@@ -12,6 +12,7 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
+    on_its_device,
     parts_of,
     product,
     share_out,
@@ -230,6 +231,7 @@ def _mix_kernel(
     )
 
 
+@on_its_device
 def sum_over_keys(
     key: Tensor,
     value: Tensor,
@@ -280,7 +282,7 @@ def sum_over_keys(
         BLOCK=block,
         INPUT_PARTS=parts_of(key.dtype),
         WEIGHT_PARTS=parts_of(weights.dtype),
-        PARTS=2 if precise else 1,
+        PARTS=2 if precise else parts_of(key.dtype),
         HALF_NORM=half_norm,
         HAS_KEEP=keep is not None,
         DROPOUT=dropout_p > 0.0,
@@ -294,6 +296,7 @@ def sum_over_keys(
     return (sums * share[..., None]).sum(dim=2), (ones * share).sum(dim=2), top / LOG2_E
 
 
+@on_its_device
 def mix_for_queries(
     query: Tensor,
     weights: Tensor,
@@ -343,7 +346,7 @@ def mix_for_queries(
         BLOCK=block_of(features),
         INPUT_PARTS=parts_of(query.dtype),
         WEIGHT_PARTS=parts_of(weights.dtype),
-        PARTS=2 if precise else 1,
+        PARTS=2 if precise else parts_of(query.dtype),
         HAS_BIAS=bias is not None,
         HAS_KEEP=keep is not None,
         DROPOUT=dropout_p > 0.0,

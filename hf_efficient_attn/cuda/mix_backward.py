@@ -12,6 +12,7 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
+    on_its_device,
     parts_of,
     product,
     share_out,
@@ -255,6 +256,7 @@ def _feature_kernel(
 
 
 @torch.library.custom_op("hf_efficient_attn::feature_mix_backward", mutates_args=())
+@on_its_device
 def mix_gradients(
     query: Tensor,
     weights: Tensor,
@@ -292,7 +294,7 @@ def mix_gradients(
         "BLOCK": block,
         "INPUT_PARTS": parts_of(query.dtype),
         "WEIGHT_PARTS": parts_of(weights.dtype),
-        "PARTS": 2 if precise else 1,
+        "PARTS": 2 if precise else parts_of(query.dtype),
         "HAS_BIAS": bias is not None,
         "HAS_KEEP": keep is not None,
         "DROPOUT": dropout_p > 0.0,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import block_of, share_out
+from .arithmetic import block_of, on_its_device, share_out
 from .tiles import empty_like_rows, rows
 
 
@@ -63,6 +63,7 @@ def _segment_kernel(
 
 
 @torch.library.custom_op("hf_efficient_attn::segment_means", mutates_args=())
+@on_its_device
 def _means_op(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
     tensor, segment = rows(tensor), segment.contiguous()
     batch, heads, length, width = tensor.shape

@@ -12,6 +12,7 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
+    on_its_device,
     parts_of,
     product,
     share_out,
@@ -248,6 +249,7 @@ def _weight_kernel(
 
 
 @torch.library.custom_op("hf_efficient_attn::feature_sums_backward", mutates_args=())
+@on_its_device
 def sum_gradients(
     key: Tensor,
     value: Tensor,
@@ -288,7 +290,7 @@ def sum_gradients(
         "BLOCK": block,
         "INPUT_PARTS": parts_of(key.dtype),
         "WEIGHT_PARTS": parts_of(weights.dtype),
-        "PARTS": 2 if precise else 1,
+        "PARTS": 2 if precise else parts_of(key.dtype),
         "HALF_NORM": half_norm,
         "HAS_KEEP": keep is not None,
         "DROPOUT": dropout_p > 0.0,
