@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from triton_bfloat16 import DEVICE
+from triton_interpreter import DEVICE
 
 from hf_efficient_attn.cuda import arithmetic
 from hf_efficient_attn.cuda.features import feature_mix, feature_sums

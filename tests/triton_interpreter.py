@@ -1,16 +1,21 @@
-"""Mends Triton's interpreter in bfloat16: to be imported in place of `triton_interpreter`.
+"""Triton's kernels on a CPU, one program after another; where there is a GPU, on that. To be imported for `DEVICE`.
 
-Up to Triton 3.9 it multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off where a GPU
-rounds.
+Up to Triton 3.9 the interpreter multiplies the bits of bfloat16 matrices as if they were whole numbers, and cuts off
+where a GPU rounds: mended here.
 """
 
-from triton_interpreter import DEVICE  # isort: skip  # it must come before Triton
-
 import numpy as np
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="Triton is there for Linux only")
+
 import triton.language as tl
 from triton.runtime import interpreter
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _dot = interpreter.InterpreterBuilder.create_dot
 _cast = interpreter.InterpreterBuilder.cast_impl
 
@@ -33,6 +38,6 @@ def _cast_impl(builder, source, target):
     return _cast(builder, source, target)
 
 
-if DEVICE == "cpu":
+if DEVICE.type == "cpu":
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
