@@ -86,9 +86,7 @@ def options_of(case: Case, variant: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("case", "variant"), [row for row, _ in TAKEN], ids=[name for _, name in TAKEN])
 @pytest.mark.parametrize("length", [1, 70 if DEVICE.type == "cuda" else 41])
-def test_equals_the_oracle_in_result_and_every_gradient(
-    case: Case, variant: str, length: int, used: list[str]
-) -> None:
+def test_equals_the_oracle_in_result_and_every_gradient(case: Case, variant: str, length: int, used: list[str]) -> None:
     """With NaN in padding, which no kernel may read."""
     chosen, options = case.variants[variant], options_of(case, variant)
     for side, keep in paddings(2, length).items():

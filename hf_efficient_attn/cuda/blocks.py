@@ -1,7 +1,8 @@
 """Blocks of tokens that attend listed blocks, forward and backward in one pass each.
 
-For BigBird (Zaheer et al. 2020, arXiv 2007.14062) and for sorted chunks (Kitaev et al. 2020, arXiv 2001.04451). Gradients
-of keys and values are added atomically in float32: who attends a block is not known without turning the lists round.
+For BigBird (Zaheer et al. 2020, arXiv 2007.14062) and for sorted chunks (Kitaev et al. 2020, arXiv 2001.04451).
+Gradients of keys and values are added atomically in float32: who attends a block is not known without turning the lists
+round.
 """
 
 import torch
@@ -9,26 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import (
-    HEAD_DIMS,
-    dropout_seed,
-    dropout_threshold,
-    empty_like_rows,
-    flags,
-    kept,
-    load_rows,
-    precision,
-    row_keys,
-    rows,
-)
+from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits, on_its_device
+from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
 
 
-_LOG2E = 1.4426950408889634
 _WARPS, _STAGES = 4, 2
 
 
 @triton.jit
-def _tokens(SOURCE, FILLED, first, filled, block, length, SIZE: tl.constexpr, TILE: tl.constexpr, HAS_SOURCE: tl.constexpr):
+def _tokens(
+    SOURCE, FILLED, first, filled, block, length,
+    SIZE: tl.constexpr, TILE: tl.constexpr, HAS_SOURCE: tl.constexpr,
+):  # fmt: skip
     """Tokens at a block's places, and which places have one."""
     offset = tl.arange(0, TILE)
     place = block * SIZE + offset
@@ -68,7 +61,9 @@ def _forward(
     top = tl.full([TILE], -1e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     mixed = tl.zeros([TILE, WIDTH], tl.float32)
-    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    if DROPOUT:
+        draw = draw_key(SEED, pair)
+        row_lines = draw_lines(draw, row, 1)[:, None]
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
         near = tl.load(entries + number)
@@ -81,7 +76,7 @@ def _forward(
         shrink = tl.exp2(top - higher)
         total, top = total * shrink + tl.sum(probs, 1), higher
         if DROPOUT:
-            probs = tl.where(kept(key_of_row, column[None, :] + number * length, threshold), probs * factor, 0.0)
+            probs = tl.where(kept(row_lines, draw, column + number * length, threshold), probs * factor, 0.0)
         mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = mixed / some[:, None]
@@ -94,7 +89,8 @@ def _forward(
 @triton.jit
 def _backward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE, GRAD, GLSE, DQ, DK, DV,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, l_b, l_h, s_b, s_h, f_b, f_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
+    l_b, l_h, s_b, s_h, f_b, f_h,
     length, heads, front, width, scale, plain_scale, threshold, factor,
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +109,9 @@ def _backward(
     glse = tl.load(GLSE + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1) - glse * 1.4426950408889634
     dq = tl.zeros([TILE, WIDTH], tl.float32)
-    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    if DROPOUT:
+        draw = draw_key(SEED, pair)
+        row_lines = draw_lines(draw, row, 1)[:, None]
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
         near = tl.load(entries + number)
@@ -125,7 +123,7 @@ def _backward(
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         spread = probs
         if DROPOUT:
-            keep = kept(key_of_row, column[None, :] + number * length, threshold)
+            keep = kept(row_lines, draw, column + number * length, threshold)
             dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
         dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
@@ -151,6 +149,7 @@ def _tile(size: int) -> int:
 
 
 @torch.library.custom_op("hf_efficient_attn::blocks_forward", mutates_args=())
+@on_its_device
 def blocks_forward(
     query: Tensor,
     key: Tensor,
@@ -189,7 +188,7 @@ def blocks_forward(
     _forward[(lists.shape[2], batch * heads)](
         query, key, value, lists, source, filled, seed, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
-        length, heads, front, lists.shape[3], scale * _LOG2E, *dropout_threshold(dropout_p),
+        length, heads, front, lists.shape[3], scale * LOG2_E, *drop_limits(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
@@ -202,6 +201,7 @@ def _(query, *args):  # noqa: ANN001, ANN002, ANN202
 
 
 @torch.library.custom_op("hf_efficient_attn::blocks_backward", mutates_args=())
+@on_its_device
 def blocks_backward(
     grad: Tensor,
     grad_lse: Tensor,
@@ -230,7 +230,7 @@ def blocks_backward(
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
         *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, front, lists.shape[3],
-        scale * _LOG2E, scale, *dropout_threshold(dropout_p),
+        scale * LOG2_E, scale, *drop_limits(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip

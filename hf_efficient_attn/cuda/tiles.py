@@ -1,9 +1,11 @@
-"""What kernels share: which tensors they take, memory for results, and dropout that a backward pass replays."""
+"""What kernels share: which tensors they take, how they read rows, and memory for results."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .arithmetic import draw_lines, draws
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -26,11 +28,6 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**31 - 1, (1,), device=device) if dropout_p > 0.0 else None
 
 
-def dropout_threshold(dropout_p: float) -> tuple[int, float]:
-    """Below which 31-bit number an entry is dropped, and the factor of those that are kept."""
-    return min(2**31 - 1, round(dropout_p * 2**31)), 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
-
-
 def precision(tensor: Tensor) -> str:
     """Of products: half precision has but one; of float32 all digits count."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
@@ -51,21 +48,6 @@ def flags(mask, table, first, number, HAS: tl.constexpr):
 
 
 @triton.jit
-def hashed(number):
-    """A hash of 32-bit numbers."""
-    number = (number ^ (number >> 16)) * 0x21F0AAAD
-    number = (number ^ (number >> 15)) * 0x735A2D97
-    return number ^ (number >> 15)
-
-
-@triton.jit
-def row_keys(seed, pair, row):
-    """A number for each row of one head's matrix, the first part of an entry's random number."""
-    start = hashed(seed.to(tl.uint32) ^ hashed(pair.to(tl.uint32) + 0x1E3779B9))
-    return hashed(row.to(tl.uint32) * 0x1E3779B1 + start)
-
-
-@triton.jit
-def kept(row_key, column, threshold):
-    """Which entries are kept: `row_key` and `column` broadcast to them."""
-    return (hashed(row_key ^ (column.to(tl.uint32) * 0x2C1B3C6D + 0x297A2D39)) >> 1).to(tl.int32) >= threshold
+def kept(row_lines, draw, column, first):
+    """Which entries of a matrix dropout leaves: of `draw_lines` of its rows, `[rows, 1]`, and the columns' numbers."""
+    return draws(row_lines ^ draw_lines(draw, column, 2)[None, :]) >= first

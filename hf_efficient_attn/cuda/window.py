@@ -1,7 +1,8 @@
 """Sliding windows and global keys in one pass, forward and backward (Beltagy, Peters & Cohan 2020, arXiv 2004.05150).
 
-Each program takes a block of queries over the span of their windows, as in Dao 2023 (FlashAttention-2, arXiv 2307.08691);
-gradients of keys come from programs over blocks of keys, so that nothing is added atomically but for global keys.
+Each program takes a block of queries over the span of their windows, as in Dao 2023 (FlashAttention-2, arXiv
+2307.08691). Gradients of keys come from programs over blocks of keys, so that nothing is added atomically but for
+global keys.
 """
 
 import torch
@@ -9,24 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import (
-    HEAD_DIMS,
-    dropout_seed,
-    dropout_threshold,
-    empty_like_rows,
-    flags,
-    kept,
-    load_rows,
-    precision,
-    row_keys,
-    rows,
-)
+from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits, on_its_device
+from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
 
 
 # Queries, keys, warps and stages of a program.
 FORWARD, QUERIES, KEYS = (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)
 _GLOBAL = 16  # global keys at a time
-_LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -34,7 +24,8 @@ def _forward(
     Q, K, V, GK, GV, GINDEX, GVALID, COUNTED, VALID, SEED, OUT, LSE,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     length, heads, slots, back, ahead, scale, threshold, factor,
-    HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_GLOBAL: tl.constexpr, HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.program_id(0), tl.program_id(1)
@@ -46,7 +37,9 @@ def _forward(
     top = tl.full([BQ], -1e30, tl.float32)
     total = tl.zeros([BQ], tl.float32)
     mixed = tl.zeros([BQ, WIDTH], tl.float32)
-    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    if DROPOUT:
+        draw = draw_key(SEED, pair)
+        row_lines = draw_lines(draw, row, 1)[:, None]
     first = tl.maximum(block * BQ - back, 0) // BK * BK
     last = tl.minimum(block * BQ + BQ + ahead, length)
     for start in range(first, last, BK):
@@ -61,25 +54,26 @@ def _forward(
         shrink = tl.exp2(top - higher)
         total, top = total * shrink + tl.sum(probs, 1), higher
         if DROPOUT:
-            probs = tl.where(kept(key_of_row, column[None, :], threshold), probs * factor, 0.0)
+            probs = tl.where(kept(row_lines, draw, column, threshold), probs * factor, 0.0)
         mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
-    for start in range(0, slots, BG):
-        slot = start + tl.arange(0, BG)
-        there = flags(slot < slots, GVALID, example * slots, slot, True)
-        k = load_rows(GK + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
-        v = load_rows(GV + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
-        allowed = there[None, :] & (row[:, None] >= 0)
-        if CAUSAL:
-            index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
-            allowed = allowed & (index[None, :] <= row[:, None])
-        scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total, top = total * shrink + tl.sum(probs, 1), higher
-        if DROPOUT:
-            probs = tl.where(kept(key_of_row, length + slot[None, :], threshold), probs * factor, 0.0)
-        mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+    if HAS_GLOBAL:
+        for start in range(0, slots, BG):
+            slot = start + tl.arange(0, BG)
+            there = flags(slot < slots, GVALID, example * slots, slot, True)
+            k = load_rows(GK + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
+            v = load_rows(GV + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
+            allowed = there[None, :] & (row[:, None] >= 0)
+            if CAUSAL:
+                index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
+                allowed = allowed & (index[None, :] <= row[:, None])
+            scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
+            shrink = tl.exp2(top - higher)
+            total, top = total * shrink + tl.sum(probs, 1), higher
+            if DROPOUT:
+                probs = tl.where(kept(row_lines, draw, length + slot, threshold), probs * factor, 0.0)
+            mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = tl.where(row_is_there[:, None], mixed / some[:, None], 0.0)
     target = OUT + example * o_b + head * o_h + row[:, None] * o_n + tl.arange(0, WIDTH)[None, :]
@@ -92,7 +86,8 @@ def _queries(
     Q, K, V, GK, GV, GINDEX, GVALID, COUNTED, VALID, SEED, OUT, LSE, GRAD, DELTA, DQ, DGK, DGV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
     length, heads, slots, back, ahead, scale, plain_scale, threshold, factor,
-    HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_GLOBAL: tl.constexpr, HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and global keys, and each row's sum of gradient times result."""
@@ -108,7 +103,9 @@ def _queries(
     lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row < length, other=0.0)
     tl.store(DELTA + pair.to(tl.int64) * length + row, delta, mask=row < length)
     dq = tl.zeros([BQ, WIDTH], tl.float32)
-    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    if DROPOUT:
+        draw = draw_key(SEED, pair)
+        row_lines = draw_lines(draw, row, 1)[:, None]
     first = tl.maximum(block * BQ - back, 0) // BK * BK
     last = tl.minimum(block * BQ + BQ + ahead, length)
     for start in range(first, last, BK):
@@ -121,32 +118,34 @@ def _queries(
         probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            dprobs = tl.where(kept(key_of_row, column[None, :], threshold), dprobs * factor, 0.0)
+            dprobs = tl.where(kept(row_lines, draw, column, threshold), dprobs * factor, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    for start in range(0, slots, BG):
-        slot = start + tl.arange(0, BG)
-        there = flags(slot < slots, GVALID, example * slots, slot, True)
-        first_row = pair.to(tl.int64) * slots * WIDTH
-        k, v = load_rows(GK + first_row, slot, there, WIDTH, WIDTH), load_rows(GV + first_row, slot, there, WIDTH, WIDTH)
-        allowed = there[None, :] & row_is_there[:, None]
-        if CAUSAL:
-            index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
-            allowed = allowed & (index[None, :] <= row[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
-        dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        spread = probs
-        if DROPOUT:
-            keep = kept(key_of_row, length + slot[None, :], threshold)
-            dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
-        dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
-        dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * plain_scale
-        dv = tl.dot(tl.trans(spread.to(grad.dtype)), grad, input_precision=PRECISION)
-        place = first_row + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.atomic_add(DGK + place, dk, mask=there[:, None])
-        tl.atomic_add(DGV + place, dv, mask=there[:, None])
+    if HAS_GLOBAL:
+        for start in range(0, slots, BG):
+            slot = start + tl.arange(0, BG)
+            there = flags(slot < slots, GVALID, example * slots, slot, True)
+            first_row = pair.to(tl.int64) * slots * WIDTH
+            k = load_rows(GK + first_row, slot, there, WIDTH, WIDTH)
+            v = load_rows(GV + first_row, slot, there, WIDTH, WIDTH)
+            allowed = there[None, :] & row_is_there[:, None]
+            if CAUSAL:
+                index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
+                allowed = allowed & (index[None, :] <= row[:, None])
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+            dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            spread = probs
+            if DROPOUT:
+                keep = kept(row_lines, draw, length + slot, threshold)
+                dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
+            dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
+            dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * plain_scale
+            dv = tl.dot(tl.trans(spread.to(grad.dtype)), grad, input_precision=PRECISION)
+            place = first_row + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            tl.atomic_add(DGK + place, dk, mask=there[:, None])
+            tl.atomic_add(DGV + place, dv, mask=there[:, None])
     target = DQ + example * d_b + head * d_h + row[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
     tl.store(target, (dq * plain_scale).to(DQ.dtype.element_ty), mask=(row < length)[:, None])
 
@@ -168,7 +167,9 @@ def _keys(
     k = load_rows(K + example * k_b + head * k_h, column, there, k_n, WIDTH)
     v = load_rows(V + example * v_b + head * v_h, column, there, v_n, WIDTH)
     dk, dv = tl.zeros([BK, WIDTH], tl.float32), tl.zeros([BK, WIDTH], tl.float32)
-    seed = tl.load(SEED) if DROPOUT else 0
+    if DROPOUT:
+        draw = draw_key(SEED, pair)
+        column_lines = draw_lines(draw, column, 2)[:, None]
     first = tl.maximum(block * BK - ahead, 0) // BQ * BQ
     last = tl.minimum(block * BK + BK + back, length)
     for start in range(first, last, BQ):
@@ -184,7 +185,7 @@ def _keys(
         dprobs = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         spread = probs
         if DROPOUT:
-            keep = kept(row_keys(seed, pair, row)[None, :], column[:, None], threshold)
+            keep = draws(draw_lines(draw, row, 1)[None, :] ^ column_lines) >= threshold
             dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
         dv = tl.dot(spread.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dscores = probs * (dprobs - delta[None, :])
@@ -195,6 +196,7 @@ def _keys(
 
 
 @torch.library.custom_op("hf_efficient_attn::window_forward", mutates_args=())
+@on_its_device
 def window_forward(
     query: Tensor,
     key: Tensor,
@@ -232,8 +234,8 @@ def window_forward(
     _forward[(triton.cdiv(length, block_q), batch * heads)](
         query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        length, heads, slots, back, ahead, scale * _LOG2E, *dropout_threshold(dropout_p),
-        counted is not None, valid is not None, seed is not None, causal,
+        length, heads, slots, back, ahead, scale * LOG2_E, *drop_limits(dropout_p),
+        slots > 0, counted is not None, valid is not None, seed is not None, causal,
         width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
@@ -249,6 +251,7 @@ def _(query, *args):  # noqa: ANN001, ANN002, ANN202
 
 
 @torch.library.custom_op("hf_efficient_attn::window_backward", mutates_args=())
+@on_its_device
 def window_backward(
     grad: Tensor,
     query: Tensor,
@@ -277,14 +280,14 @@ def window_backward(
     dgk, dgv = (query.new_zeros(batch, heads, slots, width, dtype=torch.float32) for _ in range(2))
     delta = torch.empty_like(lse)
     shape = (length, heads)
-    numbers = (back, ahead, scale * _LOG2E, scale, *dropout_threshold(dropout_p))
+    numbers = (back, ahead, scale * LOG2_E, scale, *drop_limits(dropout_p))
     given = (counted is not None, valid is not None, seed is not None)
     block_q, block_k, warps, stages = QUERIES
     _queries[(triton.cdiv(length, block_q), batch * heads)](
         query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, grad, delta, dq, dgk, dgv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
-        *dq.stride()[:3], *shape, slots, *numbers, *given, causal,
+        *dq.stride()[:3], *shape, slots, *numbers, slots > 0, *given, causal,
         width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_q, block_k, warps, stages = KEYS

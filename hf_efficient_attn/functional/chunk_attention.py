@@ -176,9 +176,7 @@ def chunk_attention(
     return _portable(query, key, value, key_padding_mask, plan, only, **options)
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, **options: float
-) -> Tensor | None:
+def _fused(query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, **options: float) -> Tensor | None:
     """All chunks that meet whole, each round in one kernel of a GPU; None where there is none."""
     kernel = fused("blocks", query)
     if kernel is None:
