@@ -104,6 +104,14 @@ def test_what_the_caller_gives_stays(family: str) -> None:
         assert torch.equal(embeds, before)
 
 
+def test_tensors_that_show_no_memory() -> None:
+    model = build("eff_longformer")
+    embeds = torch.randn(3, 1, 9, 32)
+    with torch.no_grad(), dense_execution(True):
+        found = torch.vmap(lambda x: model(inputs_embeds=x).last_hidden_state)(embeds)
+        assert_close(found[:, 0], model(inputs_embeds=embeds[:, 0]).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
 @EVERY_FAMILY
 def test_what_hooks_have_seen_stays(family: str) -> None:
     """Hooks and hooks before, on any one module, and those on all modules."""

@@ -49,7 +49,11 @@ def can_overwrite(states: Tensor, maker: nn.Module, *others: Tensor) -> bool:
         hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
         if any(not is_recorder(hook) for hook in hooks):
             return False
-    return states.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in others]
+    try:
+        own, *taken = (x.untyped_storage().data_ptr() for x in (states, *others))
+    except NotImplementedError:  # the tensors of torch.func show no memory
+        return False
+    return own not in taken
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
