@@ -104,6 +104,7 @@ def test_what_the_caller_gives_stays(family: str) -> None:
         assert torch.equal(embeds, before)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_tensors_that_show_no_memory() -> None:
     model = build("eff_longformer")
     embeds = torch.randn(3, 1, 9, 32)
