@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..cpu import in_reach, is_plain
-from ..functional import cpu_add_nearby, dense_nystrom_attention, nystrom_attention, zero_padding
+from ..functional import add_nearby, cpu_add_nearby, dense_nystrom_attention, nystrom_attention, zero_padding
 from .base import SelfAttention
+
+
+# Devices on which matrix products are so much quicker than convolutions that most of a product may be zeros.
+_MULTIPLYING = ("cuda",)
 
 
 @dataclass(kw_only=True)
@@ -109,10 +114,22 @@ class NystromformerSelfAttention(SelfAttention):
 
     def _add_nearby(self, mixed: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """The convolution of the values on top of `mixed`, which this may change where no gradient is wanted."""
-        weight = self.conv.weight
-        own = in_reach(mixed) and mixed.dtype == value.dtype == weight.dtype and is_plain(self.conv, nn.Conv2d)
-        if own:
+        weight, plain = self.conv.weight, is_plain(self.conv, nn.Conv2d)
+        if plain and in_reach(mixed) and mixed.dtype == value.dtype == weight.dtype:
             # Faster, and right: oneDNN's gradient of a kernel of 65 is not, in float32 beyond 64 tokens (torch 2.13).
             return cpu_add_nearby(mixed, value, weight[:, 0, :, 0], key_padding_mask)
+        if plain and mixed.dtype == value.dtype and self._multiplies(value):
+            return add_nearby(mixed, value, weight[:, 0, :, 0].to(value.dtype), key_padding_mask)
         near = self.conv(zero_padding(value, key_padding_mask))
         return mixed + zero_padding(near, key_padding_mask)
+
+    def _multiplies(self, value: Tensor) -> bool:
+        """Whether the convolution is to be matrix products: on a GPU, in the dtype that it has there."""
+        weight, kind = self.conv.weight, value.device.type
+        if kind not in _MULTIPLYING or torch.compiler.is_exporting():
+            return False
+        if not torch.compiler.is_compiling() and any(type(x) not in (Tensor, nn.Parameter) for x in (value, weight)):
+            return False
+        if torch.is_autocast_enabled(kind):
+            return value.dtype == torch.get_autocast_dtype(kind)
+        return value.dtype == weight.dtype

@@ -3,5 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+from .blocks import block_attention
+from .features import feature_mix, feature_sums
+from .inverse import pinv_iterations
+from .segments import segment_means
+from .window import window_attention
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "blocks": block_attention,
+    "feature_mix": feature_mix,
+    "feature_sums": feature_sums,
+    "pinv_iterations": pinv_iterations,
+    "segment_means": segment_means,
+    "window": window_attention,
+}

@@ -21,6 +21,7 @@ from .grid_window import grid_window_allowed, grid_window_attention
 from .hashed_attention import hashed_attention
 from .inputs import count_blocks, zero_padding
 from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
+from .nearby import add_nearby
 from .nearby_cpu import cpu_add_nearby
 from .nystrom import dense_nystrom_attention, nystrom_attention
 from .projected import projected_attention
@@ -35,6 +36,7 @@ __all__ = [
     "KERNELS",
     "PerformerState",
     "TokenSlots",
+    "add_nearby",
     "all_are_short",
     "big_bird_attention",
     "blocks_in_reach",

@@ -1,5 +1,7 @@
 """BigBird: window, global and random blocks, with global blocks inside the text or global tokens before it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from .block_cpu import cpu_block_attention
 from .block_layout import BlockLayout, block_layout
 from .dense import biased_attention, dense_attention, padded_attention
 from .dense_execution import dense_is_cheaper, dense_is_on
+from .fused import fused
 from .group_bias import GroupBias
 from .group_cpu import cpu_group_attention
 from .inputs import check_qkv, masked_bias, zero_padding
@@ -65,8 +68,9 @@ def big_bird_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     lists = _key_blocks(layout, random_blocks, global_ends)
     options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
-    on_cpu = query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
-    if dense_is_cheaper(query.shape[2], lists.shape[3] * block_size, dropout_p):
+    kernel = fused("blocks", query)
+    on_cpu = kernel is None and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
+    if kernel is None and dense_is_cheaper(query.shape[2], lists.shape[3] * block_size, dropout_p):
         dtype = torch.promote_types(query.dtype, torch.float32)
         bias = _group_bias(layout, lists, key_padding_mask, global_ends, dtype)
         if on_cpu:
@@ -78,7 +82,8 @@ def big_bird_attention(
     if on_cpu:
         mixed = cpu_block_attention(query, key, value, layout, lists, tokens, **options)
         return zero_padding(mixed, key_padding_mask)
-    mixed = _gathered(query, key, value, layout, lists, **options)
+    listed = None if kernel is None else _fused(kernel, query, key, value, layout, lists, **options)
+    mixed = _gathered(query, key, value, layout, lists, **options) if listed is None else listed[0]
     tokens = TokenSlots(*(x.expand(query.shape[0], -1) for x in tokens))
     rows = _global_rows(query, key, value, key_padding_mask, tokens, **options)
     return zero_padding(replace_tokens(mixed, rows, tokens), key_padding_mask)
@@ -208,6 +213,20 @@ def _global_rows(
     bias = None if key_padding_mask is None else masked_bias(key_padding_mask[:, None, None, :], query.dtype)
     rows = gather_tokens(query, tokens.index)
     return F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _fused(
+    kernel: Callable[..., tuple[Tensor, Tensor] | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    lists: Tensor,
+    **options: float,
+) -> tuple[Tensor, Tensor] | None:
+    """The blocks of text in one kernel of a GPU; None if it is not for this size."""
+    tables = (None, None) if layout.is_plain else (layout.source[:, None], layout.used[:, None])
+    return kernel(query, key, value, lists, *tables, size=layout.size, front=layout.global_blocks, **options)
 
 
 def _gathered(

@@ -10,6 +10,7 @@ from .chunk_cpu import cpu_chunk_attention
 from .chunk_plan import EXCLUDED, SELF_PENALTY, ChunkPlan, cut, meeting_counts, plan_chunks, valid_counts
 from .dense import masked_softmax, padded_attention
 from .exact_rows import attend_others, attend_short_rows, check_exact_below, join_short_rows
+from .fused import fused
 from .inputs import check_qkv, zero_padding
 
 
@@ -161,12 +162,42 @@ def chunk_attention(
     options |= {"chunks_before": chunks_before, "chunks_after": chunks_after}
     # In the paper's form of LSH pairs count once and only in their bucket: the kernel on a CPU has no masks for that.
     meets_all = released or buckets is None
-    if meets_all and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+    on_cpu = query.device.type == "cpu" and fused("blocks", query) is None
+    if meets_all and on_cpu and dropout_p < 1.0 and not torch.compiler.is_compiling():
         counts = valid_counts(key_padding_mask, length, query.device)
         options |= {"chunk_length": chunk_length, "wrap": released}
         return cpu_chunk_attention(query, key, value, plan.order, plan.inverse, counts, **options)
+    if meets_all:
+        shape = {"scale": scale, "dropout_p": dropout_p, "causal": causal, "exclude_self": exclude_self}
+        mixed = _fused(query, key, value, plan, **shape)
+        if mixed is not None:
+            return mixed
     only = None if released else buckets
     return _portable(query, key, value, key_padding_mask, plan, only, **options)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, **options: float
+) -> Tensor | None:
+    """All chunks that meet whole, each round in one kernel of a GPU; None where there is none."""
+    kernel = fused("blocks", query)
+    if kernel is None:
+        return None
+    rounds, size = plan.order.shape[2], plan.chunk_length
+    source, filled = plan.order.flatten(2), plan.filled.flatten(1)[:, None]
+    lists = plan.neighbours.masked_fill(~plan.seen, -1)[:, None].unflatten(2, (rounds, -1))
+    found = []
+    for hash_round in range(rounds):
+        front = hash_round * lists.shape[3]
+        own = kernel(query, key, value, lists[:, :, hash_round], source, filled, size=size, front=front, **options)
+        if own is None:
+            return None
+        found.append(own)
+    if rounds == 1:
+        return found[0][0]
+    share = torch.stack([lse for _, lse in found], dim=-1).softmax(dim=-1)
+    mixed = torch.stack([out for out, _ in found], dim=-1)
+    return (mixed * share[:, :, :, None].to(mixed.dtype)).sum(dim=-1)
 
 
 def _portable(

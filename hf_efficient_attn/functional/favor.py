@@ -12,6 +12,7 @@ from .exact_rows import attend_short_rows, check_exact_below, join_short_rows
 from .favor_causal import PerformerState, causal_sums, empty_state
 from .favor_cpu import cpu_performer_attention
 from .favor_features import FeatureMap, finite, make_feature_map, ratio
+from .feature_kernels import feature_kernels
 from .inputs import check_qkv, zero_padding
 
 
@@ -78,6 +79,10 @@ def performer_attention(
         exact = partial(padded_attention, **shared)
         return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below)
     features = make_feature_map(query, projection, kernel, scale)
+    if kernel == "softmax" and not causal:
+        mixed = _fused(query, key, value, key_padding_mask, projection, features.root, dropout_p)
+        if mixed is not None:
+            return mixed
     queries, length = query.shape[2], key.shape[2]
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     dtype = query.dtype
@@ -94,6 +99,25 @@ def performer_attention(
             query, key = features.pair(query, key, key_padding_mask)
             mixed = ratio(torch.matmul(query, torch.matmul(key.transpose(-1, -2), _with_ones(value))))
     return zero_padding(mixed.to(dtype), query_mask, overwrite)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    projection: Tensor,
+    root: float,
+    dropout_p: float,
+) -> Tensor | None:
+    """The bidirectional form of kernel "softmax" in two kernels of a GPU; None where there are none."""
+    kernels = feature_kernels(query, key, value)
+    if kernels is None:
+        return None
+    with without_autocast(query.device):
+        dropout = {"dropout_p": dropout_p, "whole_keys": True}
+        sums, ones, top = kernels.sums(key, value, projection, key_padding_mask, root=root, half_norm=True, **dropout)
+        return kernels.mix(query, projection, sums, ones, top, key_padding_mask, root=root)
 
 
 def check_exact_kernel(exact_below: int, kernel: str, causal: bool) -> None:

@@ -1,6 +1,7 @@
 """Nyström attention: the softmax matrix from its rows and columns at a few landmarks."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,13 @@ from ..cpu import TOKENS_AT_ONCE, in_reach, without_autocast
 from .dense import masked_softmax, padded_attention
 from .dense_execution import dense_is_on
 from .dropout_cpu import cpu_dropout_attention
+from .feature_kernels import feature_kernels
+from .fused import fused
 from .inputs import check_qkv, masked_bias, zero_padding
+
+
+# Landmarks whose matrix is inverted by a kernel, where there is one.
+_ITERATED_SIZES = (16, 32, 64)
 
 
 class Landmarks(NamedTuple):
@@ -18,7 +25,8 @@ class Landmarks(NamedTuple):
 
     Args:
         segment: `[batch or 1, length]` int64, the segment of each token; one more than there are at padding.
-        sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least; in the tensors' dtype.
+        sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least; in the tensors' dtype, or float32
+            where that is wider.
         filled: `[batch or 1, 1, 1, landmarks]` bool, False at segments without a token, which only examples shorter
             than the landmarks have; None if there can be none.
         exact: `[batch or 1, 1, 1, 1]` bool, True where each token is a segment of its own; None if that is nowhere.
@@ -55,7 +63,7 @@ def _members(segment: Tensor, landmarks: int) -> Tensor:
 
 
 def segment_landmarks(like: Tensor, key_padding_mask: Tensor | None, num_landmarks: int) -> Landmarks:
-    """The segments of the sequences `like` `[batch, heads, length, head_dim]`, whose dtype and device they get.
+    """The segments of the sequences `like` `[batch, heads, length, head_dim]`, whose device they get.
 
     A token's segment is `floor(rank * num_landmarks / count)` with its rank among the `count` valid tokens of its
     example, so that padding, on either side, moves no boundary.
@@ -73,14 +81,19 @@ def segment_landmarks(like: Tensor, key_padding_mask: Tensor | None, num_landmar
         sizes = sizes.scatter_add(1, segment, torch.ones_like(segment))[:, :num_landmarks, None]
     else:
         sizes = _members(segment, num_landmarks).sum(dim=2, keepdim=True)
-    divisors = sizes.clamp(min=1).to(like.dtype)
+    divisors = sizes.clamp(min=1).to(torch.promote_types(like.dtype, torch.float32))
     # A choice by shape, not by data; in a graph the length is not known.
     if key_padding_mask is None and not torch.compiler.is_compiling() and length > num_landmarks:
         return Landmarks(segment, divisors, None, None)
     return Landmarks(segment, divisors, (sizes > 0)[:, None, None, :, 0], (count <= num_landmarks)[:, :, None, None])
 
 
-def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = True) -> Tensor:
+def iterative_pinv(
+    matrix: Tensor,
+    iterations: int,
+    scale_per_matrix: bool = True,
+    kernel: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+) -> Tensor:
     """Moore-Penrose inverse of matrices whose rows are probabilities, by a third-order iteration.
 
     `Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4` from `Z = A^T / (largest column sum)`; the largest row sum, the
@@ -91,6 +104,7 @@ def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = Tru
         iterations: 6 as published; each brings singular values that are 1.8 times smaller within reach.
         scale_per_matrix: take the largest column sum of each matrix; else of all heads of an example, which is
             slower to converge. Never of the batch.
+        kernel: takes the matrices, what to start from and the iterations, and gives what they come to.
 
     Returns:
         Like `matrix`.
@@ -98,7 +112,10 @@ def iterative_pinv(matrix: Tensor, iterations: int, scale_per_matrix: bool = Tru
     Xiong et al. 2021, arXiv 2102.03902, after Razavi et al. 2014. Time O(iterations * landmarks^3).
     """
     largest = matrix.sum(dim=-2, keepdim=True).amax(dim=-1 if scale_per_matrix else (1, -1), keepdim=True)
-    inverse = (matrix.transpose(-1, -2) / largest).flatten(0, 1)
+    inverse = matrix.transpose(-1, -2) / largest
+    if kernel is not None:
+        return kernel(matrix, inverse, iterations)
+    inverse = inverse.flatten(0, 1)
     shape, matrix = matrix.shape, matrix.flatten(0, 1)
     for _ in range(iterations):
         # Multiplied out, so that every step is one product with a sum in it.
@@ -155,16 +172,55 @@ def _kernels(
     query, key, value = (zero_padding(x, key_padding_mask, overwrite).to(dtype) for x in (query, key, value))
     landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
     row, means = landmarks.means(query) * scale, landmarks.means(key)
-    square = masked_softmax(torch.matmul(row, means.transpose(-1, -2)), landmarks.filled)
-    if landmarks.exact is not None:
-        # Where nothing is inverted the identity is, which keeps every gradient finite.
-        square = torch.where(landmarks.exact, torch.eye(num_landmarks, dtype=dtype, device=key.device), square)
+    square = _square(row, means, landmarks)
     if pinv_iterations is None:
         inverse = torch.linalg.pinv(square)
     else:
         inverse = iterative_pinv(square, pinv_iterations, scale_per_matrix)
     valid = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     return _Kernels(query, key, value, row, means * scale, valid, inverse, landmarks)
+
+
+def _square(row: Tensor, means: Tensor, landmarks: Landmarks) -> Tensor:
+    """What is to be inverted, `[batch, heads, landmarks, landmarks]`, of scaled query and of key landmarks."""
+    square = masked_softmax(torch.matmul(row, means.transpose(-1, -2)), landmarks.filled)
+    if landmarks.exact is not None:
+        # Where nothing is inverted the identity is, which keeps every gradient finite.
+        square = torch.where(landmarks.exact, torch.eye(row.shape[2], dtype=row.dtype, device=row.device), square)
+    return square
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    num_landmarks: int,
+    pinv_iterations: int | None,
+    scale_per_matrix: bool,
+) -> Tensor | None:
+    """The iterated form in kernels of a GPU, in full precision but for what they read; None where there are none."""
+    kernels, take_means = feature_kernels(query, key, value), fused("segment_means", query)
+    if kernels is None or take_means is None or pinv_iterations is None:
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    iterate = fused("pinv_iterations", query) if num_landmarks in _ITERATED_SIZES else None
+    options: dict[str, Any] = {"root": 1.0, "dropout_p": dropout_p, "precise": True}
+    landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
+    row, means = (take_means(x, landmarks.segment, landmarks.sizes) for x in (query, key))
+    row = row * scale
+    inverse = iterative_pinv(_square(row, means, landmarks), pinv_iterations, scale_per_matrix, iterate)
+    sums, ones, _ = kernels.sums(key, value, row, key_padding_mask, half_norm=False, **options)
+    # No key at all is no number to divide by.
+    mixed = torch.matmul(inverse, sums / torch.where(ones > 0, ones, 1.0)[..., None])
+    bias = None
+    if landmarks.exact is not None:
+        mixed = torch.where(landmarks.exact, take_means(value, landmarks.segment, landmarks.sizes), mixed)
+        bias = torch.zeros_like(ones).masked_fill(~landmarks.filled[:, :, 0], -torch.inf)
+    return kernels.mix(query, means * scale, mixed, torch.ones_like(ones), bias, key_padding_mask, **options)
 
 
 def _mix(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float) -> Tensor:
@@ -227,19 +283,18 @@ def nystrom_attention(
     if dense_is_on() and query.shape[2] <= num_landmarks:
         # No example has more tokens than landmarks.
         return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
+    options = {
+        "scale": scale,
+        "num_landmarks": num_landmarks,
+        "pinv_iterations": pinv_iterations,
+        "scale_per_matrix": scale_per_matrix,
+    }
     # Autocast would take the inverse in half precision.
     with without_autocast(query.device):
-        x = _kernels(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            scale=scale,
-            num_landmarks=num_landmarks,
-            pinv_iterations=pinv_iterations,
-            scale_per_matrix=scale_per_matrix,
-            overwrite=overwrite,
-        )
+        mixed = _fused(query, key, value, key_padding_mask, dropout_p=dropout_p, **options)
+        if mixed is not None:
+            return mixed
+        x = _kernels(query, key, value, key_padding_mask, overwrite=overwrite, **options)
         mixed = torch.matmul(x.inverse, _mix(x.row, x.key, x.value, x.valid, dropout_p))
         if x.landmarks.exact is not None:
             mixed = torch.where(x.landmarks.exact, x.landmarks.means(x.value), mixed)

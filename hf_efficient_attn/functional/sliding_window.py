@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from .dense import biased_attention, dense_attention
 from .dense_execution import dense_is_cheaper, dense_is_on
+from .fused import fused
 from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
-from .tokens import TokenSlots
+from .tokens import TokenSlots, gather_tokens
 from .window import (
     Window,
     head_dilations,
@@ -71,6 +72,11 @@ def sliding_window_attention(
     queries, length = query.shape[2], key.shape[2]
     dilations = head_dilations(dilation, query.shape[1])
     window = make_window(radius, causal)
+    if queries == length and max(dilations) == 1:
+        options = {"window": window, "scale": scale, "dropout_p": dropout_p}
+        mixed = _fused(query, key, value, key_padding_mask, global_tokens, **options)
+        if mixed is not None:
+            return mixed
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     query = zero_padding(query, query_mask, overwrite)
     key, value = (zero_padding(x, key_padding_mask, overwrite) for x in (key, value))
@@ -104,6 +110,41 @@ def sliding_window_attention(
             parts.append(_gathered(*picked, key_padding_mask, global_tokens, dilation=step, **options))
         mixed = torch.cat(parts, dim=1).index_select(1, torch.cat(groups).argsort())
     return zero_padding(mixed[:, :, length - queries :], query_mask, overwrite)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    global_tokens: TokenSlots | None,
+    *,
+    window: Window,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor | None:
+    """The whole of it in one kernel of a GPU; None where there is none."""
+    kernel = fused("window", query)
+    if kernel is None:
+        return None
+    slots: dict[str, Tensor | None] = dict.fromkeys(("global_key", "global_value", "global_index", "global_valid"))
+    if global_tokens is not None and global_tokens.slots > 0:
+        index, valid = global_tokens.index, global_tokens.valid
+        slots = {"global_key": gather_tokens(key, index), "global_value": gather_tokens(value, index)}
+        slots |= {"global_index": index, "global_valid": valid}
+    return kernel(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        counted=keys_in_windows(key_padding_mask, global_tokens),
+        back=window.back,
+        ahead=window.ahead,
+        causal=window.causal,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=dropout_p,
+        **slots,
+    )
 
 
 def sliding_window_allowed(

@@ -1,0 +1,118 @@
+"""What the kernels on features share: products of numbers wider than a tensor core takes, and dropout without a mask.
+
+A float32 number is very nearly the sum of two bfloat16 ones, of 8 bits each: `high`, and `low`, which is the rest. A
+product of two such numbers is three products on tensor cores, or two where one factor is bfloat16 to begin with. That
+is as fast as one product in TF32, and 60 times as exact; bfloat16 has the range of float32 besides.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+LOG2_E = 1.4426950408889634
+
+# Programs a launch should have where the tokens are long enough: a few for each multiprocessor of any GPU.
+PROGRAMS = 2048
+
+
+@triton.jit
+def split(x, PARTS: tl.constexpr):
+    """`(high, low)` in bfloat16, whose sum is `x`; with one part alone `low` is not to be used."""
+    if PARTS == 1:
+        high = x.to(tl.bfloat16)
+        low = high
+    else:
+        wide = x.to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
+
+
+@triton.jit
+def product(a, a_low, b, b_low, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """`total + a b` of split matrices; what two low parts make is below the rounding of the rest."""
+    if A_PARTS == 2:
+        total = tl.dot(a_low, b, total)
+    if B_PARTS == 2:
+        total = tl.dot(a, b_low, total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def mixed(number):
+    """A hash of 32-bit numbers that is one to one, the mixing of `functional.counter_random`."""
+    number = (number ^ (number >> 16)) * 0x21F0AAAD
+    number = (number ^ (number >> 15)) * 0x735A2D97
+    return number ^ (number >> 15)
+
+
+@triton.jit
+def draw_key(seed, group):
+    """A number of 32 bits for the draws of one head of one example."""
+    return mixed(mixed(tl.load(seed).to(tl.uint32) + 0x1E3779B9) + group.to(tl.uint32) * 0x1E3779B9)
+
+
+@triton.jit
+def draw_lines(key, places, SALT: tl.constexpr):
+    """One hash for each row, or with another `SALT` each column, of a matrix of draws."""
+    return mixed((key ^ SALT) + places.to(tl.uint32) * 0x1E3779B9)
+
+
+@triton.jit
+def draws(lines):
+    """Uniform whole numbers in `[0, 2^24)`, of the xor of a row's hash and a column's: upper bits of a last mixing."""
+    number = (lines ^ (lines >> 16)) * 0x21F0AAAD
+    number = (number ^ (number >> 15)) * 0x735A2D97
+    return (number >> 8).to(tl.int32)
+
+
+def drop_limits(dropout_p: float) -> tuple[int, float]:
+    """The first draw that is kept, and the factor of what is kept."""
+    return round(dropout_p * 2**24), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many bfloat16 parts numbers of a dtype have."""
+    return 1 if dtype == torch.bfloat16 else 2
+
+
+def split_tensor(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """`split` outside of kernels, contiguous, for factors that many programs read."""
+    high = tensor.to(torch.bfloat16).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return high, high
+    return high, (tensor.float() - high.float()).to(torch.bfloat16).contiguous()
+
+
+def block_of(features: int) -> int:
+    """Features at a time: 64, or as few as hold them all and a tensor core takes."""
+    return min(64, max(16, triton.next_power_of_2(features)))
+
+
+def share_out(length: int, tile: int, others: int) -> tuple[int, int]:
+    """Into how many chunks to cut the tokens, and how many tokens each has, where `others` programs share each chunk.
+
+    No more chunks than keep a GPU busy: each has sums of its own, which are added up afterwards. In a fixed order, so
+    that results are the same each time.
+    """
+    tiles = triton.cdiv(length, tile)
+    chunks = max(1, min(tiles, triton.cdiv(PROGRAMS, max(1, others))))
+    size = triton.cdiv(tiles, chunks) * tile
+    return triton.cdiv(length, size), size
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch` with the GPU of its first tensor as the current one, where Triton starts kernels."""
+
+    @wraps(launch)
+    def launched(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *others)
+
+    return launched

@@ -1,0 +1,143 @@
+"""Means over segments of each example's tokens: what landmarks are."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..cpu import first_derivatives
+from .arithmetic import block_of, on_its_device, share_out
+from .tiles import empty_like_rows, rows
+
+
+_TILE = 64
+
+
+@triton.jit
+def _segment_kernel(
+    tensor,
+    segment,
+    sums,
+    tensor_batch,
+    tensor_head,
+    tensor_token,
+    segment_batch,
+    heads,
+    length,
+    landmarks,
+    chunks,
+    chunk_size,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_HALF: tl.constexpr,
+):
+    """Sums over one chunk of the tokens of one head, for one block of segments."""
+    blocks = tl.cdiv(landmarks, BLOCK)
+    program = tl.program_id(0)
+    block = program % blocks
+    chunk = (program // blocks) % chunks
+    group = (program // blocks) // chunks
+    batch = (group // heads).to(tl.int64)
+    head = group % heads
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, WIDTH)
+    base = tensor + batch * tensor_batch + head * tensor_head
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    start = chunk * chunk_size
+    for begin in range(start, tl.minimum(start + chunk_size, length), TILE):
+        t = begin + tl.arange(0, TILE)
+        own = tl.load(segment + batch * segment_batch + t, mask=t < length, other=landmarks).to(tl.int32)
+        there = own < landmarks
+        x = tl.load(base + t.to(tl.int64)[:, None] * tensor_token + c[None, :], mask=there[:, None], other=0.0)
+        member = s[:, None] == own[None, :]
+        # Products with 0 and 1 are exact, in half precision as well.
+        if IS_HALF:
+            acc = tl.dot(member.to(tl.float32).to(x.dtype), x, acc)
+        else:
+            acc = tl.dot(member.to(tl.float32), x, acc, input_precision="ieee")
+    row = (group.to(tl.int64) * chunks + chunk) * landmarks + s
+    tl.store(sums + row[:, None] * WIDTH + c[None, :], acc, mask=(s < landmarks)[:, None])
+
+
+@torch.library.custom_op("hf_efficient_attn::segment_means", mutates_args=())
+@on_its_device
+def _means_op(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
+    tensor, segment = rows(tensor), segment.contiguous()
+    batch, heads, length, width = tensor.shape
+    landmarks = sizes.shape[1]
+    block = block_of(landmarks)
+    blocks = triton.cdiv(landmarks, block)
+    chunks, chunk_size = share_out(length, _TILE, batch * heads * blocks)
+    sums = torch.empty(batch, heads, chunks, landmarks, width, dtype=torch.float32, device=tensor.device)
+    _segment_kernel[(batch * heads * chunks * blocks,)](
+        tensor,
+        segment,
+        sums,
+        *tensor.stride()[:3],
+        length if segment.shape[0] > 1 else 0,
+        heads,
+        length,
+        landmarks,
+        chunks,
+        chunk_size,
+        WIDTH=width,
+        TILE=_TILE,
+        BLOCK=block,
+        IS_HALF=tensor.dtype != torch.float32,
+        num_warps=4,
+        num_stages=2,
+    )
+    return sums.sum(dim=2) / sizes[:, None]
+
+
+@_means_op.register_fake
+def _(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
+    batch, heads, _, width = tensor.shape
+    return tensor.new_empty(batch, heads, sizes.shape[1], width, dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_efficient_attn::segment_means_backward", mutates_args=())
+def _spread_op(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
+    """The gradient of each token: its segment's, shared out among its tokens; 0 at padding."""
+    batch, heads, landmarks, width = grad.shape
+    shares = torch.zeros(batch, landmarks + 1, heads, width, dtype=like.dtype, device=grad.device)
+    shares[:, :landmarks] = (grad / sizes[:, None]).transpose(1, 2)
+    first = torch.arange(batch, device=grad.device)[:, None] * (landmarks + 1)
+    spread = shares.flatten(2).flatten(0, 1).index_select(0, (segment + first).flatten())
+    return spread.view(batch, -1, heads, width).transpose(1, 2)
+
+
+@_spread_op.register_fake
+def _(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
+    return empty_like_rows(like)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    # The tensor for its shape and dtype alone; other operators of attention keep it anyway.
+    ctx.save_for_backward(*inputs)
+
+
+@first_derivatives
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensor, segment, sizes = ctx.saved_tensors
+    return _spread_op(grad, segment, sizes, tensor), None, None
+
+
+_means_op.register_autograd(_backward, setup_context=_keep)
+
+
+def segment_means(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
+    """The mean of each segment's tokens, in float32 `[batch, heads, landmarks, head_dim]`.
+
+    Args:
+        tensor: `[batch, heads, length, head_dim]`, head_dim a power of two from 16 to 128.
+        segment: `[batch or 1, length]` int64, the segment of each token; at padding, which is not read, as many as
+            there are segments.
+        sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least.
+
+    Time O(length * landmarks * head_dim), memory O(landmarks * head_dim).
+    """
+    return _means_op(tensor, segment, sizes)

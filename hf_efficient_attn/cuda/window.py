@@ -1,0 +1,349 @@
+"""Sliding windows and global keys in one pass, forward and backward (Beltagy, Peters & Cohan 2020, arXiv 2004.05150).
+
+Each program takes a block of queries over the span of their windows, as in Dao 2023 (FlashAttention-2, arXiv 2307.08691);
+gradients of keys come from programs over blocks of keys, so that nothing is added atomically but for global keys.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import (
+    HEAD_DIMS,
+    dropout_seed,
+    dropout_threshold,
+    empty_like_rows,
+    flags,
+    kept,
+    load_rows,
+    precision,
+    row_keys,
+    rows,
+)
+
+
+# Queries, keys, warps and stages of a program.
+FORWARD, QUERIES, KEYS = (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)
+_GLOBAL = 16  # global keys at a time
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _forward(
+    Q, K, V, GK, GV, GINDEX, GVALID, COUNTED, VALID, SEED, OUT, LSE,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+    length, heads, slots, back, ahead, scale, threshold, factor,
+    HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, pair = tl.program_id(0), tl.program_id(1)
+    example, head = (pair // heads).to(tl.int64), pair % heads
+    Q, K, V = Q + example * q_b + head * q_h, K + example * k_b + head * k_h, V + example * v_b + head * v_h
+    row = block * BQ + tl.arange(0, BQ)
+    row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
+    q = load_rows(Q, row, row_is_there, q_n, WIDTH)
+    top = tl.full([BQ], -1e30, tl.float32)
+    total = tl.zeros([BQ], tl.float32)
+    mixed = tl.zeros([BQ, WIDTH], tl.float32)
+    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    first = tl.maximum(block * BQ - back, 0) // BK * BK
+    last = tl.minimum(block * BQ + BQ + ahead, length)
+    for start in range(first, last, BK):
+        column = start + tl.arange(0, BK)
+        there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
+        k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
+        distance = column[None, :] - row[:, None]
+        allowed = (distance >= -back) & (distance <= ahead) & there[None, :]
+        scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
+        shrink = tl.exp2(top - higher)
+        total, top = total * shrink + tl.sum(probs, 1), higher
+        if DROPOUT:
+            probs = tl.where(kept(key_of_row, column[None, :], threshold), probs * factor, 0.0)
+        mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+    for start in range(0, slots, BG):
+        slot = start + tl.arange(0, BG)
+        there = flags(slot < slots, GVALID, example * slots, slot, True)
+        k = load_rows(GK + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
+        v = load_rows(GV + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
+        allowed = there[None, :] & (row[:, None] >= 0)
+        if CAUSAL:
+            index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
+            allowed = allowed & (index[None, :] <= row[:, None])
+        scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
+        shrink = tl.exp2(top - higher)
+        total, top = total * shrink + tl.sum(probs, 1), higher
+        if DROPOUT:
+            probs = tl.where(kept(key_of_row, length + slot[None, :], threshold), probs * factor, 0.0)
+        mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+    some = tl.where(total > 0.0, total, 1.0)
+    mixed = tl.where(row_is_there[:, None], mixed / some[:, None], 0.0)
+    target = OUT + example * o_b + head * o_h + row[:, None] * o_n + tl.arange(0, WIDTH)[None, :]
+    tl.store(target, mixed.to(OUT.dtype.element_ty), mask=(row < length)[:, None])
+    tl.store(LSE + pair.to(tl.int64) * length + row, tl.where(total > 0.0, top + tl.log2(some), 0.0), mask=row < length)
+
+
+@triton.jit
+def _queries(
+    Q, K, V, GK, GV, GINDEX, GVALID, COUNTED, VALID, SEED, OUT, LSE, GRAD, DELTA, DQ, DGK, DGV,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
+    length, heads, slots, back, ahead, scale, plain_scale, threshold, factor,
+    HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and global keys, and each row's sum of gradient times result."""
+    block, pair = tl.program_id(0), tl.program_id(1)
+    example, head = (pair // heads).to(tl.int64), pair % heads
+    K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
+    row = block * BQ + tl.arange(0, BQ)
+    row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
+    q = load_rows(Q + example * q_b + head * q_h, row, row_is_there, q_n, WIDTH)
+    grad = load_rows(GRAD + example * g_b + head * g_h, row, row_is_there, g_n, WIDTH)
+    result = load_rows(OUT + example * o_b + head * o_h, row, row_is_there, o_n, WIDTH)
+    delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
+    lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row < length, other=0.0)
+    tl.store(DELTA + pair.to(tl.int64) * length + row, delta, mask=row < length)
+    dq = tl.zeros([BQ, WIDTH], tl.float32)
+    key_of_row = row_keys(tl.load(SEED), pair, row)[:, None] if DROPOUT else 0
+    first = tl.maximum(block * BQ - back, 0) // BK * BK
+    last = tl.minimum(block * BQ + BQ + ahead, length)
+    for start in range(first, last, BK):
+        column = start + tl.arange(0, BK)
+        there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
+        k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
+        distance = column[None, :] - row[:, None]
+        allowed = (distance >= -back) & (distance <= ahead) & there[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+        dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dprobs = tl.where(kept(key_of_row, column[None, :], threshold), dprobs * factor, 0.0)
+        dscores = probs * (dprobs - delta[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    for start in range(0, slots, BG):
+        slot = start + tl.arange(0, BG)
+        there = flags(slot < slots, GVALID, example * slots, slot, True)
+        first_row = pair.to(tl.int64) * slots * WIDTH
+        k, v = load_rows(GK + first_row, slot, there, WIDTH, WIDTH), load_rows(GV + first_row, slot, there, WIDTH, WIDTH)
+        allowed = there[None, :] & row_is_there[:, None]
+        if CAUSAL:
+            index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
+            allowed = allowed & (index[None, :] <= row[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+        dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        spread = probs
+        if DROPOUT:
+            keep = kept(key_of_row, length + slot[None, :], threshold)
+            dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
+        dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
+        dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * plain_scale
+        dv = tl.dot(tl.trans(spread.to(grad.dtype)), grad, input_precision=PRECISION)
+        place = first_row + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.atomic_add(DGK + place, dk, mask=there[:, None])
+        tl.atomic_add(DGV + place, dv, mask=there[:, None])
+    target = DQ + example * d_b + head * d_h + row[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+    tl.store(target, (dq * plain_scale).to(DQ.dtype.element_ty), mask=(row < length)[:, None])
+
+
+@triton.jit
+def _keys(
+    Q, K, V, COUNTED, VALID, SEED, LSE, GRAD, DELTA, DK, DV,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, d_b, d_h, d_n,
+    length, heads, back, ahead, scale, plain_scale, threshold, factor,
+    HAS_COUNTED: tl.constexpr, HAS_VALID: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values in windows. Matrices are transposed: keys by queries."""
+    block, pair = tl.program_id(0), tl.program_id(1)
+    example, head = (pair // heads).to(tl.int64), pair % heads
+    Q, GRAD = Q + example * q_b + head * q_h, GRAD + example * g_b + head * g_h
+    column = block * BK + tl.arange(0, BK)
+    there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
+    k = load_rows(K + example * k_b + head * k_h, column, there, k_n, WIDTH)
+    v = load_rows(V + example * v_b + head * v_h, column, there, v_n, WIDTH)
+    dk, dv = tl.zeros([BK, WIDTH], tl.float32), tl.zeros([BK, WIDTH], tl.float32)
+    seed = tl.load(SEED) if DROPOUT else 0
+    first = tl.maximum(block * BK - ahead, 0) // BQ * BQ
+    last = tl.minimum(block * BK + BK + back, length)
+    for start in range(first, last, BQ):
+        row = start + tl.arange(0, BQ)
+        row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
+        q, grad = load_rows(Q, row, row_is_there, q_n, WIDTH), load_rows(GRAD, row, row_is_there, g_n, WIDTH)
+        lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
+        delta = tl.load(DELTA + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
+        distance = column[:, None] - row[None, :]
+        allowed = (distance >= -back) & (distance <= ahead) & there[:, None] & row_is_there[None, :]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        probs = tl.where(allowed, tl.exp2(scores - lse[None, :]), 0.0)
+        dprobs = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        spread = probs
+        if DROPOUT:
+            keep = kept(row_keys(seed, pair, row)[None, :], column[:, None], threshold)
+            dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
+        dv = tl.dot(spread.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dscores = probs * (dprobs - delta[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    place = example * d_b + head * d_h + column[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+    tl.store(DK + place, (dk * plain_scale).to(DK.dtype.element_ty), mask=(column < length)[:, None])
+    tl.store(DV + place, dv.to(DV.dtype.element_ty), mask=(column < length)[:, None])
+
+
+@torch.library.custom_op("hf_efficient_attn::window_forward", mutates_args=())
+def window_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    global_index: Tensor | None,
+    global_valid: Tensor | None,
+    counted: Tensor | None,
+    valid: Tensor | None,
+    seed: Tensor | None,
+    back: int,
+    ahead: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The result as `query`, and the base-2 logarithm of each row's sum `[batch, heads, length]`.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`.
+        global_key, global_value: `[batch, heads, slots, head_dim]`, or None.
+        global_index, global_valid: `[batch, slots]`, where they stand and which are there.
+        counted: bool `[batch, length]`, keys that count in windows; None for all.
+        valid: bool `[batch, length]`, tokens that are no padding; None for all.
+        seed: of dropout, one number; None where nothing is dropped.
+        back, ahead: keys before and after the query's own.
+        causal: a global key counts for no query before it.
+    """
+    query, key, value = rows(query), rows(key), rows(value)
+    batch, heads, length, width = query.shape
+    out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
+    slots = 0 if global_key is None else global_key.shape[2]
+    block_q, block_k, warps, stages = FORWARD
+    _forward[(triton.cdiv(length, block_q), batch * heads)](
+        query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        length, heads, slots, back, ahead, scale * _LOG2E, *dropout_threshold(dropout_p),
+        counted is not None, valid is not None, seed is not None, causal,
+        width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _globals(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+@window_forward.register_fake
+def _(query, *args):  # noqa: ANN001, ANN002, ANN202
+    return empty_like_rows(query), query.new_empty(*query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_efficient_attn::window_backward", mutates_args=())
+def window_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    global_index: Tensor | None,
+    global_valid: Tensor | None,
+    counted: Tensor | None,
+    valid: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    back: int,
+    ahead: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, and of global keys and values (with no slots where there are none)."""
+    grad, query, key, value = rows(grad), rows(query), rows(key), rows(value)
+    batch, heads, length, width = query.shape
+    slots = 0 if global_key is None else global_key.shape[2]
+    dq, dk, dv = empty_like_rows(query), empty_like_rows(key), empty_like_rows(value)
+    dgk, dgv = (query.new_zeros(batch, heads, slots, width, dtype=torch.float32) for _ in range(2))
+    delta = torch.empty_like(lse)
+    shape = (length, heads)
+    numbers = (back, ahead, scale * _LOG2E, scale, *dropout_threshold(dropout_p))
+    given = (counted is not None, valid is not None, seed is not None)
+    block_q, block_k, warps, stages = QUERIES
+    _queries[(triton.cdiv(length, block_q), batch * heads)](
+        query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        out, lse, grad, delta, dq, dgk, dgv,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
+        *dq.stride()[:3], *shape, slots, *numbers, *given, causal,
+        width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    block_q, block_k, warps, stages = KEYS
+    _keys[(triton.cdiv(length, block_k), batch * heads)](
+        query, key, value, counted, valid, seed, lse, grad, delta, dk, dv,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3], *dk.stride()[:3],
+        *shape, *numbers, *given, width, block_q, block_k, precision(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dq, dk, dv, dgk.to(key.dtype), dgv.to(value.dtype)
+
+
+@window_backward.register_fake
+def _(grad, query, key, value, global_key, *args):  # noqa: ANN001, ANN002, ANN202
+    slots = 0 if global_key is None else global_key.shape[2]
+    shape = (*query.shape[:2], slots, query.shape[3])
+    dq, dk, dv = empty_like_rows(query), empty_like_rows(key), empty_like_rows(value)
+    return dq, dk, dv, key.new_empty(shape), value.new_empty(shape)
+
+
+def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, ctx.back, ctx.ahead, ctx.causal, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, grad, grad_lse):  # noqa: ANN001, ANN202
+    numbers = (ctx.back, ctx.ahead, ctx.causal, ctx.scale, ctx.dropout_p)
+    dq, dk, dv, dgk, dgv = window_backward(grad, *ctx.saved_tensors, *numbers)
+    if ctx.saved_tensors[3] is None:
+        dgk = dgv = None
+    return dq, dk, dv, dgk, dgv, *(None,) * 10
+
+
+window_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    counted: Tensor | None,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    global_index: Tensor | None,
+    global_valid: Tensor | None,
+    back: int,
+    ahead: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensor | None:
+    """`functional.sliding_window_attention` without dilation; None for heads of a size that there is no kernel for.
+
+    Arguments as in `window_forward`. Time O(length * (back + ahead + slots)), memory O(length).
+    """
+    if query.shape[-1] not in HEAD_DIMS:
+        return None
+    seed = dropout_seed(dropout_p, query.device)
+    shape = (back, ahead, causal, scale, dropout_p)
+    globals_ = (global_key, global_value, global_index, global_valid)
+    return window_forward(query, key, value, *globals_, counted, key_padding_mask, seed, *shape)[0]
