@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..cpu import linear_maps
+from ..cpu import can_overwrite, linear_maps
 from ..functional import dense_softmax_attention, softmax_attention
 
 
@@ -40,6 +40,9 @@ class SelfAttention(nn.Module):
 
     wants: ClassVar[tuple[str, ...]] = ()
     """What `attend` can use of a frame besides the states, by the name of the argument: `"global_tokens"`, `"grid"`."""
+
+    has_overwriting_form: ClassVar[bool] = False
+    """Whether `attend` takes `overwrite`: then it may use the memory of `query`, `key` and `value` for its result."""
 
     projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")
     """The linear maps of the states that are split into heads."""
@@ -111,9 +114,20 @@ class SelfAttention(nn.Module):
             )
         query, key, value = self.project(hidden_states)
         dropout_p = self.dropout_p if self.training else 0.0
+        if self.has_overwriting_form and self._is_alone(hidden_states, query, key, value, context):
+            context["overwrite"] = True
         return self.attend(
             hidden_states, query, key, value, key_padding_mask, dropout_p=dropout_p, backend=backend, **context
         )
+
+    def _is_alone(
+        self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, context: dict[str, Any]
+    ) -> bool:
+        """Whether nobody else has what was projected; a cache would keep keys and values."""
+        if context.get("past_key_values") is not None:
+            return False
+        made = ((query, self.query, key, value), (key, self.key, query, value), (value, self.value, query, key))
+        return all(can_overwrite(*each, hidden_states) for each in made)
 
     def attend_fully(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, dropout_p: float, backend: str

@@ -100,6 +100,7 @@ class LongformerSelfAttention(SelfAttention):
     options_class = LongformerOptions
     backends = ("eager", "sdpa", "flex_attention")
     has_causal_form = True
+    has_overwriting_form = True
     wants = ("global_tokens",)
 
     def __init__(self, config: Any, layer_idx: int, options: LongformerOptions | None = None) -> None:
@@ -140,19 +141,19 @@ class LongformerSelfAttention(SelfAttention):
         global_tokens: TokenSlots | None = None,
         past_key_values: "Cache | None" = None,
         block_masks: "dict[str, BlockMask] | None" = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `SelfAttention.attend`; `global_tokens` as in `sliding_window_attention`.
+        """See `SelfAttention.attend`; `global_tokens` and `overwrite` as in `sliding_window_attention`.
 
         `block_masks` are flex_attention's, by the `repr` of the `window`, for inputs without a cache from before.
         """
+        options = (dropout_p, backend, block_masks, overwrite)
         batch, length, _ = hidden_states.shape
         if global_tokens is None:
             maps = (self.query_global, self.key_global, self.value_global)
             alone = not torch.is_grad_enabled() or can_add_idle(value, maps)
             if past_key_values is None and alone:
-                mixed, weights = self._windows(
-                    query, key, value, key_padding_mask, None, length, dropout_p, backend, block_masks
-                )
+                mixed, weights = self._windows(query, key, value, key_padding_mask, None, length, *options)
                 mixed = self.merge(mixed)
                 return add_idle(mixed, maps) if torch.is_grad_enabled() else mixed, weights
             # No slots: the global projections still take part, with nothing to project, so their gradient is 0.
@@ -171,12 +172,10 @@ class LongformerSelfAttention(SelfAttention):
             rows, row_weights = self._causal_rows(global_query, prefix, columns, dropout_p)
         else:
             rows, row_weights = self._global_rows(global_query, hidden_states, key_padding_mask, dropout_p)
-        mixed, weights = self._windows(
-            query, key, value, key_padding_mask, columns, length, dropout_p, backend, block_masks
-        )
+        mixed, weights = self._windows(query, key, value, key_padding_mask, columns, length, *options)
         if weights is not None:
             weights = replace_tokens(weights, row_weights, global_tokens)
-        return self.merge(replace_tokens(mixed, rows, global_tokens)), weights
+        return self.merge(replace_tokens(mixed, rows, global_tokens, overwrite)), weights
 
     def _windows(
         self,
@@ -189,6 +188,7 @@ class LongformerSelfAttention(SelfAttention):
         dropout_p: float,
         backend: str,
         block_masks: "dict[str, BlockMask] | None",
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to windows and `columns`: `[batch, heads, length, head_dim]`, and from eager the weights."""
         options = {"dropout_p": dropout_p, "global_tokens": columns, **self.window}
@@ -200,7 +200,8 @@ class LongformerSelfAttention(SelfAttention):
             return flex_sliding_window_attention(
                 query, key, value, key_padding_mask, block_mask=block_mask, **options
             ), None
-        return sliding_window_attention(query, key, value, key_padding_mask, **options), None
+        mixed = sliding_window_attention(query, key, value, key_padding_mask, overwrite=overwrite, **options)
+        return mixed, None
 
     def _global_rows(
         self, query: Tensor, hidden_states: Tensor, key_padding_mask: Tensor | None, dropout_p: float

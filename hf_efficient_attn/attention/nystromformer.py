@@ -61,6 +61,7 @@ class NystromformerSelfAttention(SelfAttention):
 
     options_class = NystromformerOptions
     is_estimate = True
+    has_overwriting_form = True
 
     def __init__(self, config: Any, layer_idx: int, options: NystromformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
@@ -95,6 +96,7 @@ class NystromformerSelfAttention(SelfAttention):
         *,
         dropout_p: float,
         backend: str,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.attend`; the weights are those of the landmarks, without the convolution."""
         weights = None
@@ -103,7 +105,9 @@ class NystromformerSelfAttention(SelfAttention):
                 query, key, value, key_padding_mask, dropout_p=dropout_p, **self.landmarks
             )
         else:
-            mixed = nystrom_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **self.landmarks)
+            mixed = nystrom_attention(
+                query, key, value, key_padding_mask, dropout_p=dropout_p, overwrite=overwrite, **self.landmarks
+            )
         if self.conv is not None:
             mixed = self._add_nearby(mixed, value, key_padding_mask)
         return self.merge(mixed), weights

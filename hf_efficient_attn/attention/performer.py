@@ -99,6 +99,7 @@ class PerformerSelfAttention(SelfAttention):
     options_class = PerformerOptions
     has_causal_form = True
     is_estimate = True
+    has_overwriting_form = True
 
     def __init__(self, config: Any, layer_idx: int, options: PerformerOptions | None = None) -> None:
         super().__init__(config, layer_idx, options)
@@ -150,6 +151,7 @@ class PerformerSelfAttention(SelfAttention):
         dropout_p: float,
         backend: str,
         past_key_values: "Cache | None" = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.attend`. With a cache the eager weights are those of the input's own tokens."""
         options = {"dropout_p": dropout_p, "projection": self.projection, "kernel": self.options.kernel}
@@ -172,7 +174,7 @@ class PerformerSelfAttention(SelfAttention):
             options.update(causal=self.is_causal, exact_below=self.options.exact_below)
             mixed, weights = dense_performer_attention(query, key, value, key_padding_mask, **options)
         else:
-            options.update(causal=self.is_causal, exact_below=self.options.exact_below)
+            options.update(causal=self.is_causal, exact_below=self.options.exact_below, overwrite=overwrite)
             mixed = performer_attention(query, key, value, key_padding_mask, **options)
         return self.merge(mixed), weights
 

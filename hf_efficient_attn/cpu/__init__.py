@@ -3,7 +3,15 @@
 from .derivatives import first_derivatives
 from .feed_forward import feed_forward
 from .idle import add_idle, can_add_idle
-from .modules import TOKENS_AT_ONCE, in_reach, in_reach_of_training, is_plain, without_autocast
+from .modules import (
+    TOKENS_AT_ONCE,
+    can_overwrite,
+    in_reach,
+    in_reach_of_training,
+    is_plain,
+    is_recorder,
+    without_autocast,
+)
 from .projections import linear_maps
 from .residual import dropout, dropout_add
 from .scratch import CHUNK_BYTES, DropoutReplay, Scratch, draw_replay
@@ -16,6 +24,7 @@ __all__ = [
     "Scratch",
     "add_idle",
     "can_add_idle",
+    "can_overwrite",
     "draw_replay",
     "dropout",
     "dropout_add",
@@ -24,6 +33,7 @@ __all__ = [
     "in_reach",
     "in_reach_of_training",
     "is_plain",
+    "is_recorder",
     "linear_maps",
     "without_autocast",
 ]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 
 from ..cpu import TOKENS_AT_ONCE
 
@@ -31,27 +30,6 @@ def inference_chunk(states: Tensor, *modules: nn.Module, above: int) -> int:
     size = TOKENS_AT_ONCE if on_cpu else TOKENS_FOR_MEMORY
     count = -(-length // (size + size // 8))
     return -(-length // max(1, count))
-
-
-def is_recorder(hook: Callable) -> bool:
-    """Whether it is a hook with which transformers records outputs."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-
-
-def can_overwrite(states: Tensor, maker: nn.Module, given: Tensor) -> bool:
-    """Whether nobody but the caller has `states`, which `maker` made of `given`, so that the next may replace them.
-
-    Not where a backward pass may follow, or where a hook could have kept them.
-    """
-    if torch.is_grad_enabled() or states.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    hooks = [hook for part in maker.modules() for hook in part._forward_hooks.values()]
-    # What transformers' own hooks keep of attention are its weights.
-    watched = any(not is_recorder(hook) for hook in hooks)
-    shared = states.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
-    return (
-        states.shape == given.shape and states.dtype == given.dtype and not (shared or watched or _global_forward_hooks)
-    )
 
 
 def in_chunks(function: Callable[..., Tensor], size: int, *states: Tensor, into: Tensor | None = None) -> Tensor:

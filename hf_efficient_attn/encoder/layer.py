@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cpu import dropout, dropout_add, feed_forward, in_reach_of_training, is_plain
+from ..cpu import can_overwrite, dropout, dropout_add, feed_forward, in_reach_of_training, is_plain, is_recorder
 from .activations import activation, head_activation
-from .chunks import can_overwrite, in_chunks, inference_chunk, is_recorder
+from .chunks import in_chunks, inference_chunk
 from .configuration import EffConfig, EffEncoderConfig
 from .packing import Documents, attend
 
@@ -96,12 +96,16 @@ class AttentionBlock(Recorded):
         hidden_states: Tensor,
         key_padding_mask: Tensor | None,
         documents: Documents | None = None,
+        overwrite: bool = False,
         **context: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them."""
+        """`[batch, length, hidden]` -> the same shape, and the weights where the backend has them.
+
+        With `overwrite` the result may take the memory of `hidden_states`.
+        """
         given = self.output.normed_input(hidden_states)
         mixed, weights = attend(self.self, given, key_padding_mask, documents, context)
-        into = mixed if can_overwrite(mixed, self.self, hidden_states) else None
+        into = hidden_states if overwrite else mixed if can_overwrite(mixed, self.self, hidden_states) else None
         chunk = inference_chunk(mixed, self.output, above=self.chunk_above)
         return in_chunks(self.output, chunk, mixed, hidden_states, into=into), weights
 
@@ -161,10 +165,20 @@ class EncoderLayer(FeedForwardLayer):
         self.output = Output(config, config.intermediate_size)
         self.chunk_size, self.chunk_above = config.chunk_size_feed_forward, config.chunk_above
 
-    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, **context: Any) -> Tensor:
-        """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module."""
-        attended, _ = self.attention(hidden_states, key_padding_mask, **context)
-        into = attended if can_overwrite(attended, self.attention, hidden_states) else None
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None = None,
+        overwrite: bool = False,
+        **context: Any,
+    ) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape; `context` goes to the attention module.
+
+        With `overwrite` the result may take the memory of `hidden_states`.
+        """
+        attended, _ = self.attention(hidden_states, key_padding_mask, overwrite=overwrite, **context)
+        own = overwrite or can_overwrite(attended, self.attention, hidden_states)
+        into = attended if own else None
         return self.add_feed_forward(attended, self.chunk_size, into)
 
     def feed_forward_input(self, hidden_states: Tensor) -> Tensor:
@@ -185,10 +199,16 @@ class Encoder(nn.Module):
         """The mechanism of each layer."""
         return [layer.attention.self for layer in self.layer]
 
-    def forward(self, hidden_states: Tensor, key_padding_mask: Tensor | None, **context: Any) -> Tensor:
-        """`[batch, length, hidden]` -> the same shape."""
+    def forward(
+        self, hidden_states: Tensor, key_padding_mask: Tensor | None, overwrite: bool = False, **context: Any
+    ) -> Tensor:
+        """`[batch, length, hidden]` -> the same shape.
+
+        With `overwrite` the states of all layers may be in the memory of `hidden_states`: callers up the stack hold on
+        to that anyway.
+        """
         for layer in self.layer:
-            hidden_states = layer(hidden_states, key_padding_mask, **context)
+            hidden_states = layer(hidden_states, key_padding_mask, overwrite=overwrite, **context)
         return hidden_states if self.LayerNorm is None else self.LayerNorm(hidden_states)
 
 

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import (
     maybe_install_capturing_hooks,
 )
 
+from ..cpu import can_overwrite
 from .configuration import EffConfig, EffEncoderConfig
 from .embeddings import Embeddings, positions_from_mask
 from .heads import LMBias, PlainLMHead
@@ -121,14 +122,20 @@ class EffEncoderModel(RecordingModel):
         """Modules that the family has besides; none by default."""
 
     def encode(
-        self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any], wants_weights: bool
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        context: dict[str, Any],
+        wants_weights: bool,
+        overwrite: bool = False,
     ) -> Tensor:
         """All layers: `[batch, length, hidden]` -> `[batch, length, output_size]`.
 
-        `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded. Of packed
-        rows there is no mask, and the context has `documents` alone.
+        `context` is that of `attention_context`; `wants_weights` says that attention weights are recorded, `overwrite`
+        that nobody else needs `hidden_states` any more or will need those of a layer. Of packed rows there is no mask,
+        and the context has `documents` alone.
         """
-        return self.encoder(hidden_states, key_padding_mask, **context)
+        return self.encoder(hidden_states, key_padding_mask, overwrite=overwrite, **context)
 
     def pool(self, first_token: Tensor) -> Tensor:
         """`pooler_output` of the state of the first token, `[batch, hidden]` both."""
@@ -308,7 +315,11 @@ class EffEncoderModel(RecordingModel):
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         if self.embeddings_project is not None:
             hidden_states = self.embeddings_project(hidden_states)
-        hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights)
+        keeps_states = bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
+        overwrite = not keeps_states and can_overwrite(hidden_states, self, inputs_embeds)
+        # Of a long text they are as much memory as its states.
+        del inputs_embeds
+        hidden_states = self.encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
         pooled = None
         if self.pooler is not None and documents is None:
             pooled = self.pool(first_token(hidden_states, own_mask))

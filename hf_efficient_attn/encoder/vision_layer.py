@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..cpu import can_overwrite
 from .activations import activation
-from .chunks import can_overwrite, in_chunks, inference_chunk
+from .chunks import in_chunks, inference_chunk
 from .layer import AttentionFactory, FeedForwardLayer, Intermediate, Recorded, ResidualOutput
 from .vision_configuration import EffVisionConfig
 

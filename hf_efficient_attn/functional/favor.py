@@ -28,6 +28,7 @@ def performer_attention(
     kernel: str = "softmax",
     causal: bool = False,
     exact_below: int = 0,
+    overwrite: bool = False,
 ) -> Tensor:
     """`sum_j phi(q_i) phi(k_j) v_j / sum_j phi(q_i) phi(k_j)` over the keys, in the causal form over those `j <= i`.
 
@@ -55,6 +56,8 @@ def performer_attention(
         causal: attend no key after the query.
         exact_below: examples of fewer valid tokens get softmax attention instead, which is another function; there
             `dropout_p` is dropout of its probabilities. Not in the causal form or for "relu".
+        overwrite: without a graph, let the result take the memory of `query`, and set what is padding in `key` and
+            `value` to 0 where it stands.
 
     Returns:
         As `query`, 0 at padding.
@@ -84,18 +87,18 @@ def performer_attention(
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     dtype = query.dtype
     with without_autocast(query.device):
-        query, key, value = _prepared(query, key, value, key_padding_mask, query_mask, features, dropout_p)
+        query, key, value = _prepared(query, key, value, key_padding_mask, query_mask, features, dropout_p, overwrite)
         if causal:
             query = F.pad(query, (0, 0, length - queries, 0))
             state = empty_state(features, key)
             sums, _ = causal_sums(features, query, key, _with_ones(value), key_padding_mask, state)
             mixed = ratio(sums[:, :, length - queries :])
         elif query.device.type == "cpu" and not projection.requires_grad and not torch.compiler.is_compiling():
-            mixed = cpu_performer_attention(features, query, key, value, key_padding_mask)
+            mixed = cpu_performer_attention(features, query, key, value, key_padding_mask, overwrite)
         else:
             query, key = features.pair(query, key, key_padding_mask)
             mixed = ratio(torch.matmul(query, torch.matmul(key.transpose(-1, -2), _with_ones(value))))
-    return zero_padding(mixed.to(dtype), query_mask)
+    return zero_padding(mixed.to(dtype), query_mask, overwrite)
 
 
 def _fused(
@@ -236,11 +239,12 @@ def _prepared(
     query_mask: Tensor | None,
     features: FeatureMap,
     dropout_p: float,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype to compute in, 0 at padding, the values with dropout."""
     dtype = features.projection.dtype
-    query = zero_padding(query, query_mask).to(dtype)
-    key, value = (zero_padding(x, key_padding_mask).to(dtype) for x in (key, value))
+    query = zero_padding(query, query_mask, overwrite).to(dtype)
+    key, value = (zero_padding(x, key_padding_mask, overwrite).to(dtype) for x in (key, value))
     if dropout_p > 0.0:
         value = value * F.dropout(value.new_ones(*value.shape[:3], 1), dropout_p)
     return query, key, value

@@ -15,17 +15,21 @@ from .favor_features import RELU_OFFSET, FeatureMap
 
 
 def cpu_performer_attention(
-    features: FeatureMap, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None
+    features: FeatureMap, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, overwrite: bool = False
 ) -> Tensor:
     """Attention of every query over every key that counts.
 
     Args:
         query, key, value: `[batch, heads, length, head_dim]`, in the dtype to compute in, finite also at padding.
         keep: `[batch, length]` bool, which keys count.
+        overwrite: without a graph, let the result take the memory of `query`.
 
     Returns:
         As `query`; 0 where no key counts.
     """
+    if overwrite:
+        _attend(_Inputs(query, key, value, keep, features), query)
+        return query
     return _PerformerAttention.apply(query, key, value, keep, features)
 
 
@@ -134,6 +138,30 @@ def _parts(inputs: _Inputs) -> Iterator[tuple[_Part, list[slice]]]:
             yield _Part(inputs, scratch, example, slice(head, min(head + at_once, heads))), chunks
 
 
+def _attend(inputs: _Inputs, result: Tensor) -> tuple[_Sums, Tensor]:
+    """Write what the queries get into `result`, which may be their own memory.
+
+    Returns:
+        The sums over keys, `[batch, heads, ...]`, and the normalisers `[batch, heads, length, 1]`.
+    """
+    batch, heads, length, width = inputs.value.shape
+    count, new = inputs.features.projection.shape[0], inputs.query.new_empty
+    totals = new(batch, heads, length, 1)
+    sums = _Sums(*(new(batch, heads, *x) for x in ((count, width), (count, 1), (1, count))))
+    for part, chunks in _parts(inputs):
+        own = part.sum_keys(chunks)
+        for whole, piece in zip(sums, own, strict=True):
+            whole[part.where] = piece
+        for tokens in chunks:
+            queries = part.queries(tokens, own.tops)
+            mixed = torch.bmm(queries, own.values, out=part.take("mixed", *queries.shape[:2], width))
+            total = torch.bmm(queries, own.ones, out=part.take("total", *queries.shape[:2], 1))
+            total.masked_fill_(total == 0, 1.0)
+            totals[part.where][:, tokens] = total
+            torch.div(mixed, total, out=result[part.where][:, tokens])
+    return sums, totals
+
+
 class _PerformerAttention(torch.autograd.Function):
     """Two passes, over keys and over queries, with the sums over keys between them."""
 
@@ -141,23 +169,9 @@ class _PerformerAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, features: FeatureMap
     ) -> Tensor:
-        inputs = _Inputs(query, key, value, keep, features)
         batch, heads, length, width = value.shape
-        count = features.projection.shape[0]
         result = query.new_empty(batch, length, heads, width).transpose(1, 2)
-        totals = query.new_empty(batch, heads, length, 1)
-        sums = _Sums(*(query.new_empty(batch, heads, *x) for x in ((count, width), (count, 1), (1, count))))
-        for part, chunks in _parts(inputs):
-            own = part.sum_keys(chunks)
-            for whole, piece in zip(sums, own, strict=True):
-                whole[part.where] = piece
-            for tokens in chunks:
-                queries = part.queries(tokens, own.tops)
-                mixed = torch.bmm(queries, own.values, out=part.take("mixed", *queries.shape[:2], width))
-                total = torch.bmm(queries, own.ones, out=part.take("total", *queries.shape[:2], 1))
-                total.masked_fill_(total == 0, 1.0)
-                totals[part.where][:, tokens] = total
-                torch.div(mixed, total, out=result[part.where][:, tokens])
+        sums, totals = _attend(_Inputs(query, key, value, keep, features), result)
         ctx.save_for_backward(query, key, value, keep, features.projection, *sums, totals, result)
         ctx.features = features
         return result

@@ -32,11 +32,15 @@ def check_qkv(
             )
 
 
-def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """`tensor` `[batch, heads, length, head_dim]` with 0 at padding, so that not even inf or NaN there counts."""
+def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None, overwrite: bool = False) -> Tensor:
+    """`tensor` `[batch, heads, length, head_dim]` with 0 at padding, so that not even inf or NaN there counts.
+
+    With `overwrite` in the same memory, else in new memory where there is a mask.
+    """
     if key_padding_mask is None:
         return tensor
-    return tensor.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
+    fill = tensor.masked_fill_ if overwrite else tensor.masked_fill
+    return fill(~key_padding_mask[:, None, :, None], 0.0)
 
 
 def masked_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:

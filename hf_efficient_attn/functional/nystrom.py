@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu import in_reach, without_autocast
+from ..cpu import TOKENS_AT_ONCE, in_reach, without_autocast
 from .dense import masked_softmax, padded_attention
 from .dense_execution import dense_is_on
 from .dropout_cpu import cpu_dropout_attention
@@ -164,11 +164,12 @@ def _kernels(
     num_landmarks: int,
     pinv_iterations: int | None,
     scale_per_matrix: bool,
+    overwrite: bool = False,
 ) -> _Kernels:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # An inverse multiplies rounding errors: half precision is too little for any part of the product.
     dtype = torch.promote_types(query.dtype, torch.float32 if pinv_iterations is not None else torch.float64)
-    query, key, value = (zero_padding(x, key_padding_mask).to(dtype) for x in (query, key, value))
+    query, key, value = (zero_padding(x, key_padding_mask, overwrite).to(dtype) for x in (query, key, value))
     landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
     row, means = landmarks.means(query) * scale, landmarks.means(key)
     square = _square(row, means, landmarks)
@@ -246,6 +247,7 @@ def nystrom_attention(
     num_landmarks: int,
     pinv_iterations: int | None,
     scale_per_matrix: bool,
+    overwrite: bool = False,
 ) -> Tensor:
     """`F A^+ (B value)` with `F = softmax(query k^T)`, `A = softmax(q k^T)` and `B = softmax(q key^T)`.
 
@@ -264,6 +266,8 @@ def nystrom_attention(
         pinv_iterations: steps towards the inverse of A, 6 as published; None for `torch.linalg.pinv`, with everything
             in float64. That is exact, and multiplies the rounding of its inputs by the condition number of A.
         scale_per_matrix: see `iterative_pinv`.
+        overwrite: without a graph, let the result take the memory of `query`, and set what is padding in `key` and
+            `value` to 0 where it stands.
 
     Returns:
         As `query`, 0 at padding.
@@ -290,12 +294,18 @@ def nystrom_attention(
         mixed = _fused(query, key, value, key_padding_mask, dropout_p=dropout_p, **options)
         if mixed is not None:
             return mixed
-        x = _kernels(query, key, value, key_padding_mask, **options)
+        x = _kernels(query, key, value, key_padding_mask, overwrite=overwrite, **options)
         mixed = torch.matmul(x.inverse, _mix(x.row, x.key, x.value, x.valid, dropout_p))
         if x.landmarks.exact is not None:
             mixed = torch.where(x.landmarks.exact, x.landmarks.means(x.value), mixed)
-        mixed = _mix(x.query, x.column, mixed, x.landmarks.filled, dropout_p)
-        return zero_padding(mixed.to(query.dtype), key_padding_mask)
+        # With dropout all at once, so that a pass that is computed again for its gradients drops the same.
+        if overwrite and dropout_p == 0.0:
+            for rows in x.query.split(TOKENS_AT_ONCE, dim=2):
+                rows.copy_(_mix(rows, x.column, mixed, x.landmarks.filled, dropout_p))
+            mixed = x.query
+        else:
+            mixed = _mix(x.query, x.column, mixed, x.landmarks.filled, dropout_p)
+        return zero_padding(mixed.to(query.dtype), key_padding_mask, overwrite)
 
 
 def dense_nystrom_attention(

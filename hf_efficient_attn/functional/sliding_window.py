@@ -37,6 +37,7 @@ def sliding_window_attention(
     dilation: int | Sequence[int] = 1,
     causal: bool = False,
     global_tokens: TokenSlots | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Softmax attention of each query over its window and, in the same softmax, over the global keys.
 
@@ -55,6 +56,8 @@ def sliding_window_attention(
         dilation: distance of neighbouring keys of a window, 1 or more; one number, or one a head.
         causal: attend no key after the query.
         global_tokens: the global tokens, none of them padding (`select_tokens`).
+        overwrite: without a graph, let the result take the memory of `query`, and set what is padding in `key` and
+            `value` to 0 where it stands.
 
     Returns:
         As `query`, 0 at padding.
@@ -75,8 +78,8 @@ def sliding_window_attention(
         if mixed is not None:
             return mixed
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
-    query = zero_padding(query, query_mask)
-    key, value = (zero_padding(x, key_padding_mask) for x in (key, value))
+    query = zero_padding(query, query_mask, overwrite)
+    key, value = (zero_padding(x, key_padding_mask, overwrite) for x in (key, value))
     options = {"window": window, "scale": scale, "dropout_p": dropout_p}
     steps = sorted(set(dilations))
     if queries < length:
@@ -93,7 +96,7 @@ def sliding_window_attention(
 
     views = steps == [1] and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
     if views:
-        mixed = cpu_window_attention(query, key, value, key_padding_mask, global_tokens, **options)
+        mixed = cpu_window_attention(query, key, value, key_padding_mask, global_tokens, overwrite=overwrite, **options)
     elif len(steps) == 1:
         mixed = _gathered(query, key, value, key_padding_mask, global_tokens, dilation=steps[0], **options)
     else:
@@ -106,7 +109,7 @@ def sliding_window_attention(
             picked = (x.index_select(1, group) for x in (query, key, value))
             parts.append(_gathered(*picked, key_padding_mask, global_tokens, dilation=step, **options))
         mixed = torch.cat(parts, dim=1).index_select(1, torch.cat(groups).argsort())
-    return zero_padding(mixed[:, :, length - queries :], query_mask)
+    return zero_padding(mixed[:, :, length - queries :], query_mask, overwrite)
 
 
 def _fused(

@@ -51,14 +51,17 @@ def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.gather(-2, index.expand(*tensor.shape[:-2], index.shape[-2], tensor.shape[-1]))
 
 
-def replace_tokens(tensor: Tensor, rows: Tensor, tokens: TokenSlots) -> Tensor:
+def replace_tokens(tensor: Tensor, rows: Tensor, tokens: TokenSlots, overwrite: bool = False) -> Tensor:
     """`tensor` `[..., length, features]` with the rows of `tokens` replaced by `rows` `[..., slots, features]`.
 
-    With no slots at all `rows` still takes part in the result, so that what it came from gets a gradient of exactly 0.
+    With `overwrite`, for which there must be no graph, in the same memory. With no slots at all `rows` still takes part
+    in the result, so that what it came from gets a gradient of exactly 0.
     """
     middle = (1,) * (tensor.dim() - 3)
     batch = tensor.shape[0]
     if tokens.slots > 0:
-        tensor = tensor.masked_fill(tokens.mask.view(batch, *middle, -1, 1), 0.0)
+        fill = tensor.masked_fill_ if overwrite else tensor.masked_fill
+        tensor = fill(tokens.mask.view(batch, *middle, -1, 1), 0.0)
     rows = torch.where(tokens.valid.view(batch, *middle, -1, 1), rows, 0.0).to(tensor.dtype)
-    return tensor.scatter_add(-2, tokens.index.view(batch, *middle, -1, 1).expand_as(rows), rows)
+    add = tensor.scatter_add_ if overwrite else tensor.scatter_add
+    return add(-2, tokens.index.view(batch, *middle, -1, 1).expand_as(rows), rows)

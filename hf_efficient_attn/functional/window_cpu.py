@@ -26,6 +26,7 @@ def cpu_window_attention(
     window: Window,
     scale: float | None,
     dropout_p: float,
+    overwrite: bool,
 ) -> Tensor:
     """See `sliding_window_attention`; rows of padding are unspecified."""
     options = _Options(
@@ -36,6 +37,11 @@ def cpu_window_attention(
     if global_tokens is not None and global_tokens.slots == 0:
         global_tokens = None
     counted = keys_in_windows(key_padding_mask, global_tokens)
+    if overwrite:
+        # Each part reads its queries before it writes its rows.
+        saved = _Saved(query, key, value, counted, global_tokens)
+        _attend(saved, options, CHUNK_BYTES * torch.get_num_threads(), query)
+        return query
     return _WindowAttention.apply(query, key, value, counted, global_tokens, options)
 
 
@@ -187,6 +193,21 @@ def _parts(shape: WindowBlocks, saved: _Saved, scale: float, chunk_bytes: int) -
     return at_once, parts()
 
 
+def _attend(saved: _Saved, options: _Options, chunk_bytes: int, result: Tensor) -> None:
+    """Write what the queries get into `result`, which may be their own memory."""
+    shape = WindowBlocks(saved.query.shape[2], options.window, saved.dtype)
+    generator = options.dropout.generator()
+    with torch.autocast("cpu", enabled=False):
+        step, parts = _parts(shape, saved, options.scale, chunk_bytes)
+        for part in parts:
+            for blocks in part.chunks(step):
+                probs = part.probs(blocks)
+                if options.dropout.p > 0.0:
+                    probs.mul_(options.dropout.kept(probs, shape.scratch, generator))
+                mixed = part.mix(probs, shape.windows("values", part.value_rows, blocks), part.global_value)
+                part.write(result, mixed.div_(options.dropout.keep_share), blocks)
+
+
 def _write_gradients(
     part: _Part, grad: Tensor, grads: list[Tensor], step: int, options: _Options, generator: torch.Generator
 ) -> None:
@@ -229,19 +250,9 @@ class _WindowAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         saved, options = _Saved(*args[:-1]), args[-1]
         batch, heads, length, width = saved.query.shape
-        shape = WindowBlocks(length, options.window, saved.dtype)
         chunk_bytes = CHUNK_BYTES * torch.get_num_threads()
         result = saved.query.new_empty(batch, length, heads, width).transpose(1, 2)
-        generator = options.dropout.generator()
-        with torch.autocast("cpu", enabled=False):
-            step, parts = _parts(shape, saved, options.scale, chunk_bytes)
-            for part in parts:
-                for blocks in part.chunks(step):
-                    probs = part.probs(blocks)
-                    if options.dropout.p > 0.0:
-                        probs.mul_(options.dropout.kept(probs, shape.scratch, generator))
-                    mixed = part.mix(probs, shape.windows("values", part.value_rows, blocks), part.global_value)
-                    part.write(result, mixed.div_(options.dropout.keep_share), blocks)
+        _attend(saved, options, chunk_bytes, result)
         ctx.save_for_backward(*saved[:4], *(saved.global_tokens or ()))
         ctx.options = (options, chunk_bytes)
         return result

@@ -60,11 +60,16 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
         self.global_embeddings = nn.Embedding(count, config.hidden_size) if count > 0 else None
 
     def encode(
-        self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any], wants_weights: bool
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        context: dict[str, Any],
+        wants_weights: bool,
+        overwrite: bool = False,
     ) -> Tensor:
         """With the global tokens in front, which are cut off again."""
         if self.global_embeddings is None:
-            return super().encode(hidden_states, key_padding_mask, context, wants_weights)
+            return super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
         count = self.config.num_global_tokens
         front = self.global_embeddings(torch.arange(count, device=hidden_states.device))
         front = front.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
@@ -75,7 +80,8 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
         if key_padding_mask is not None:
             key_padding_mask = nn.functional.pad(key_padding_mask, (count, 0), value=True)
         hidden_states = torch.cat([front, hidden_states], dim=1)
-        return super().encode(hidden_states, key_padding_mask, context, wants_weights)[:, front.shape[1] :]
+        states = super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
+        return states[:, front.shape[1] :]
 
     @wraps(EffEncoderModel.forward)
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:

@@ -88,7 +88,12 @@ class EffReformerModel(EffEncoderModel, EffReformerPreTrainedModel):
         return kinds[config.layer_kind(layer_idx)](config, layer_idx)
 
     def encode(
-        self, hidden_states: Tensor, key_padding_mask: Tensor | None, context: dict[str, Any], wants_weights: bool
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        context: dict[str, Any],
+        wants_weights: bool,
+        overwrite: bool = False,
     ) -> Tensor:
         """See `EffEncoderModel.encode`; weights that are recorded have to be kept."""
         return self.encoder(hidden_states, key_padding_mask, reverse=not wants_weights, **context)
