@@ -432,6 +432,19 @@ def test_untied_head(size: int, family: SimpleNamespace, tmp_path: Path) -> None
         assert_close(again(ids).logits, outputs.logits, **CLOSE)
 
 
+def test_reentrant_checkpointing_drops_the_same() -> None:
+    """Its first pass has no gradients, in which a long text would go in chunks, each with a draw of its own."""
+    layer = build(BERT, "Model", hidden_dropout_prob=0.3).train().encoder.layer[0]
+    states = torch.randn(1, 1500, TINY["hidden_size"], generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = []
+    for call in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)):
+        torch.manual_seed(1)
+        states.grad = None
+        call(states).square().sum().backward()
+        found.append(states.grad)
+    assert_close(*found)
+
+
 def test_the_fused_activation_is_transformers_own() -> None:
     x = torch.linspace(-6, 6, 500, dtype=torch.float64)
     assert_close(activation("gelu_new")(x), ACT2FN["gelu_new"](x), rtol=0, atol=1e-14)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ..functional import (
+    BigBirdPlan,
     big_bird_attention,
     blocks_in_reach,
     count_blocks,
     count_text_blocks,
     dense_big_bird_attention,
     pick_random_blocks,
+    plan_big_bird,
     random_draws,
 )
 from .base import SelfAttention
@@ -70,20 +72,43 @@ class BigBirdSelfAttention(SelfAttention):
 
     options_class = BigBirdOptions
 
-    def random_blocks(self, text_blocks: Tensor, rows: int) -> Tensor:
+    @property
+    def pattern(self) -> dict[str, int | bool]:
+        """The options that are no random blocks, as the formulas take them."""
+        options = self.options
+        shape = {"num_global": options.num_global_tokens, "global_ends": options.global_ends}
+        return {"block_size": options.block_size, **shape}
+
+    def random_blocks(self, text_blocks: Tensor, rows: int, layers: int | None = None) -> Tensor:
         """This layer's random blocks for examples of `text_blocks` `[batch]` blocks, at most `rows`.
 
         Returns:
-            `[batch, heads, rows, count]`, as `pick_random_blocks` gives them.
+            `[batch, heads, rows, count]`, as `pick_random_blocks` gives them; with `layers` those of as many layers
+            from this one on, which must have its options and heads, `[batch, layers * heads, rows, count]`.
         """
-        options = self.options
+        options, number = self.options, self.layer_idx
         count = options.num_random_blocks
         if not torch.compiler.is_compiling():
             # No row of a short text has more blocks left to draw.
             count = min(count, max(0, rows - blocks_in_reach(options.global_ends)))
+        if layers is not None:
+            number = torch.arange(number, number + layers, device=text_blocks.device)[:, None, None, None]
         shape = (self.num_attention_heads, rows, count)
-        draws = random_draws(options.random_seed, self.layer_idx, *shape, device=text_blocks.device)
+        draws = random_draws(options.random_seed, number, *shape, device=text_blocks.device).flatten(0, -3)
         return pick_random_blocks(draws, text_blocks, ends_are_global=options.global_ends)
+
+    def plan(
+        self, key_padding_mask: Tensor | None, length: int, device: torch.device, layers: int | None = None
+    ) -> BigBirdPlan:
+        """What blocks attend in inputs of `length` tokens, padded as `key_padding_mask` `[batch, length]` says.
+
+        `layers` as in `random_blocks`.
+        """
+        size, num_global = self.options.block_size, self.options.num_global_tokens
+        rows = count_blocks(torch.sym_max(1, length - num_global), size)
+        text_blocks = count_text_blocks(key_padding_mask, length, size, num_global, device)
+        blocks = self.random_blocks(text_blocks, rows, layers)
+        return plan_big_bird(key_padding_mask, length, random_blocks=blocks, **self.pattern)
 
     def attend(
         self,
@@ -95,23 +120,20 @@ class BigBirdSelfAttention(SelfAttention):
         *,
         dropout_p: float,
         backend: str,
+        block_plans: list[BigBirdPlan] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `SelfAttention.attend`."""
+        """See `SelfAttention.attend`; `block_plans` are those of all layers, by their index."""
         if self.options.attention_type == "original_full":
             return self.attend_fully(query, key, value, key_padding_mask, dropout_p, backend)
-        length, size = query.shape[2], self.options.block_size
-        text_length = torch.sym_max(1, length - self.options.num_global_tokens)
-        text_blocks = count_text_blocks(key_padding_mask, length, size, self.options.num_global_tokens, query.device)
-        pattern = {
-            "block_size": size,
-            "random_blocks": self.random_blocks(text_blocks, count_blocks(text_length, size)),
-            "num_global": self.options.num_global_tokens,
-            "global_ends": self.options.global_ends,
-        }
+        if block_plans is None:
+            plan = self.plan(key_padding_mask, query.shape[2], query.device)
+        else:
+            plan = block_plans[self.layer_idx]
+        pattern = {"random_blocks": plan.random_blocks, **self.pattern}
         if backend == "eager":
             mixed, weights = dense_big_bird_attention(
                 query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern
             )
             return self.merge(mixed), weights
-        mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern)
+        mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, plan=plan, **pattern)
         return self.merge(mixed), None

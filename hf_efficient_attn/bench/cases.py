@@ -82,6 +82,7 @@ class Case:
         checkpointing: gradient checkpointing, for "train".
         compiled: through `torch.compile`; the warm-up compiles. Not for "generate".
         device: "cpu", or "cuda" for torch's current GPU, whose own memory is what counts there.
+        attention_dropout: dropout of attention's probabilities in place of what the kind's config has; None leaves it.
 
     Raises:
         ValueError: a name that is not known, a number that is not positive, or generation by a kind that is not causal.
@@ -101,6 +102,7 @@ class Case:
     checkpointing: bool = False
     compiled: bool = False
     device: str = "cpu"
+    attention_dropout: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
@@ -115,6 +117,10 @@ class Case:
             _one_of("global_tokens", self.global_tokens, GLOBAL_TOKENS)
         if self.threads is not None:
             _positive("threads", self.threads)
+        if self.attention_dropout is not None and not 0.0 <= self.attention_dropout < 1.0:
+            raise ValueError(
+                f"attention_dropout is {self.attention_dropout}, which is no probability below 1: pass one, such as 0."
+            )
         if KINDS[self.kind].windowed and self.size.attention_window is None:
             raise ValueError(f"{self.kind} needs an attention_window, but its size has None: pass an even width.")
         if self.mode == "generate" and not KINDS[self.kind].causal:

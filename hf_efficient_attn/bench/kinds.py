@@ -26,6 +26,7 @@ class Kind:
         layer_fields: config fields with an entry for each layer, as a pattern to repeat.
         size_fields: the config's own names for fields of a size.
         length_field: the config's name for the one length that its inputs have.
+        dropout_fields: the config's names for dropout of attention's probabilities.
         causal: there is a causal form, which generation is measured of.
         primes: a tiny run before the measured ones is possible and leaves the model as it was; else another model,
             a small one, makes it.
@@ -45,6 +46,7 @@ class Kind:
     layer_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     size_fields: Mapping[str, str] = field(default_factory=dict)
     length_field: str | None = None
+    dropout_fields: tuple[str, ...] = ("attention_probs_dropout_prob",)
     causal: bool = False
     primes: bool = True
     note: str = ""
@@ -56,6 +58,7 @@ _BIG_BIRD = {"attention_probs_dropout_prob": 0.0}
 _REFORMER = {"axial_pos_embds": False, "local_attention_probs_dropout_prob": 0.05}
 _REFORMER |= {"lsh_attention_probs_dropout_prob": 0.0, "attention_head_size": 64}
 _REFORMER_LAYERS = {"attn_layers": ("local", "lsh")}
+_REFORMER_DROPOUT = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
 _LONGFORMER = {"quadratic": False, "windowed": True, "extra_positions": 2, "global_tokens": True}
 
 
@@ -113,6 +116,7 @@ KINDS: dict[str, Kind] = {
         windowed=False,
         fields=_REFORMER,
         layer_fields=_REFORMER_LAYERS,
+        dropout_fields=_REFORMER_DROPOUT,
         causal=True,
         note="local and LSH layers in turn, chunks of 64, one round of hashing, dropout 0.05, reversible",
     ),
@@ -122,6 +126,7 @@ KINDS: dict[str, Kind] = {
         windowed=False,
         fields={**_REFORMER, "reversible": False},
         layer_fields=_REFORMER_LAYERS,
+        dropout_fields=_REFORMER_DROPOUT,
         note="the same with reversible=False",
     ),
     "reformer": Kind(
@@ -130,6 +135,7 @@ KINDS: dict[str, Kind] = {
         windowed=False,
         fields={**_REFORMER, "hash_seed": 0},
         layer_fields=_REFORMER_LAYERS,
+        dropout_fields=_REFORMER_DROPOUT,
         size_fields={"intermediate_size": "feed_forward_size"},
         note="as eff_reformer",
     ),
@@ -146,6 +152,7 @@ KINDS: dict[str, Kind] = {
         attn_implementation="sdpa",
         window_field="local_attention",
         gated=True,
+        dropout_fields=("attention_dropout",),
         # By default these ids lie beyond small vocabularies.
         fields={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
         note="its default pattern: layers 1, 4, 7 ... attend to everything, the others to the window, which sdpa "

@@ -137,6 +137,13 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated() - self._base
 
 
+def release_memory() -> None:
+    """Give back to the GPU what torch keeps of its memory, for the processes beside this one."""
+    import torch
+
+    torch.cuda.empty_cache()
+
+
 def make_meter(device: str) -> ResidentMeter | CudaMeter:
     """What measures the memory that counts on a device, "cpu" or "cuda"."""
     return CudaMeter() if device == "cuda" else ResidentMeter()

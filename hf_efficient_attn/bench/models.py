@@ -43,6 +43,7 @@ def build_model(case: Case) -> PreTrainedModel:
         "vocab_size": size.vocab_size,
         "max_position_embeddings": positions + kind.extra_positions,
     }
+    dropped = () if case.attention_dropout is None else kind.dropout_fields
     layers = {
         name: [pattern[i % len(pattern)] for i in range(size.num_layers)] for name, pattern in kind.layer_fields.items()
     }
@@ -52,7 +53,7 @@ def build_model(case: Case) -> PreTrainedModel:
         **layers,
         **({kind.window_field: size.attention_window} if kind.windowed else {}),
         **({kind.length_field: case.length} if kind.length_field else {}),
-        **kind.fields,
+        **{**kind.fields, **dict.fromkeys(dropped, case.attention_dropout)},
     )
     if generates:
         config.is_decoder = True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .cases import Case
 from .generation import Generation
 from .kinds import KINDS
-from .memory import make_meter
+from .memory import make_meter, release_memory
 from .models import PRIMING_LENGTH, build_inputs, build_labels, build_model
 
 
@@ -102,7 +102,11 @@ def serve(case: Case, connection: Connection) -> None:
     try:
         step = build_step(case)
         # A tiny run first: thread stacks, kernels' code and workspaces are not what a length costs.
-        if case.compiled:
+        if case.compiled and case.device == "cuda":
+            # Compiling is work for the CPU, of which there are several: the processes of a group do it side by side.
+            step.run(case.length)
+            step.forget()
+        elif case.compiled:
             pass  # it would compile another graph
         elif KINDS[case.kind].primes:
             step.run(min(PRIMING_LENGTH, case.length))
@@ -112,6 +116,8 @@ def serve(case: Case, connection: Connection) -> None:
             build_step(replace(case, size=small, length=_THROWAWAY_LENGTH)).run(_THROWAWAY_LENGTH)
         step.prepare()
         gc.collect()
+        if case.device == "cuda":
+            release_memory()
         meter = make_meter(case.device)
         base = meter.start()
         connection.send({"event": "ready", "base_bytes": base})

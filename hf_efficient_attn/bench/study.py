@@ -80,6 +80,9 @@ def study_app(study: Study) -> typer.Typer:
         dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all kinds.")] = False,
+        attention_dropout: Annotated[
+            float | None, typer.Option(help="Dropout of attention's probabilities, all kinds; default: their configs'.")
+        ] = None,
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
         case_seconds: Annotated[float, typer.Option(help="A case stops repeating after so long.")] = 45.0,
         max_seconds: Annotated[float, typer.Option(help="Bound for one pass or step.")] = 180.0,
@@ -101,11 +104,13 @@ def study_app(study: Study) -> typer.Typer:
         numbers = split_numbers("lengths", lengths or (study.quick_lengths if quick else study.lengths))
         common = {"task": "base", "optimizer": "sgd", "threads": threads}
         common |= {"dtype": dtype, "device": device, "compiled": compiled, "tokens": tokens}
+        common["attention_dropout"] = attention_dropout
         cases = make_cases(split_names(kinds), numbers, split_names(modes), [size], study.global_tokens, **common)
         bounds = Bounds(max_seconds, memory_bound(max_memory_gib))
         windowed = any(KINDS[case.kind].windowed for case in cases)
         batch = "batch 1" if tokens is None else f"{tokens:,} tokens a pass"
         how = f"{batch}, {dtype}{', compiled' if compiled else ''}"
+        how += "" if attention_dropout is None else f", attention dropout {attention_dropout:g}"
         setting = _setting(size, bounds, repeats, case_seconds, windowed, how)
         typer.echo(setting)
         checks = agreement_lines(cases)

@@ -121,16 +121,25 @@ def measure(
                     children.append(Child(results[case], bounds, deadline))
             for child in children:
                 child.await_ready()
-            for turn in range(warmup + repeats):
-                for child in children:
-                    spent = sum(child.result.seconds)
-                    if not child.result.detail and spent < case_seconds:
-                        child.run(timed=turn >= warmup)
+            # In turns, so that what slows the machine slows all. A GPU is one's own, and has no room for all of them.
+            alone = group[0].device == "cuda"
+            for members in [[child] for child in children] if alone else [children]:
+                _take_turns(members, repeats, warmup, case_seconds)
+                if alone:
+                    members[0].end()
         finally:
             for child in children:
                 child.end()
         for case in group:
             on_result(results[case])
+
+
+def _take_turns(children: Sequence[Child], repeats: int, warmup: int, case_seconds: float) -> None:
+    for turn in range(warmup + repeats):
+        for child in children:
+            spent = sum(child.result.seconds)
+            if not child.result.detail and spent < case_seconds:
+                child.run(timed=turn >= warmup)
 
 
 def _groups(cases: Sequence[Case]) -> Iterator[list[Case]]:

@@ -6,11 +6,13 @@ from typing import Any
 from .blocks import block_attention
 from .features import feature_mix, feature_sums
 from .inverse import pinv_iterations
+from .nearby import add_nearby
 from .segments import segment_means
 from .window import window_attention
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "add_nearby": add_nearby,
     "blocks": block_attention,
     "feature_mix": feature_mix,
     "feature_sums": feature_sums,

@@ -24,8 +24,11 @@ def inference_chunk(states: Tensor, *modules: nn.Module, above: int) -> int:
     length, on_cpu = states.shape[1], states.device.type == "cpu"
     if not on_cpu and length <= above:
         return 0
-    inner = (part for module in modules for part in module.modules())
+    inner = [part for module in modules for part in module.modules()]
     if any(x._forward_hooks or x._forward_pre_hooks for x in inner):
+        return 0
+    if any(isinstance(x, nn.Dropout) and x.training and x.p > 0.0 for x in inner):
+        # Reentrant gradient checkpointing calls forward without gradients first: the second call must drop the same.
         return 0
     size = TOKENS_AT_ONCE if on_cpu else TOKENS_FOR_MEMORY
     count = -(-length // (size + size // 8))

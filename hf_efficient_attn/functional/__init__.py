@@ -5,7 +5,13 @@ parameters, and returns `[batch, heads, length, head_dim]` in `query.dtype`. `ke
 bool, True = attend. Rows of padding positions, and rows that may attend nothing, are 0.
 """
 
-from .big_bird import big_bird_attention, blocks_in_reach, dense_big_bird_attention
+from .big_bird import (
+    BigBirdPlan,
+    big_bird_attention,
+    blocks_in_reach,
+    dense_big_bird_attention,
+    plan_big_bird,
+)
 from .block_layout import count_text_blocks
 from .chunk_attention import chunk_attention, dense_chunk_attention
 from .chunk_plan import valid_counts
@@ -32,6 +38,7 @@ from .window_flex import flex_sliding_window_attention, window_block_mask
 
 
 __all__ = [
+    "BigBirdPlan",
     "FusedTable",
     "KERNELS",
     "PerformerState",
@@ -68,6 +75,7 @@ __all__ = [
     "performer_attention",
     "performer_step",
     "pick_random_blocks",
+    "plan_big_bird",
     "powers_of_two",
     "projected_attention",
     "random_draws",

@@ -1,6 +1,7 @@
 """BigBird: window, global and random blocks, with global blocks inside the text or global tokens before it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,40 @@ from .inputs import check_qkv, masked_bias, zero_padding
 from .tokens import TokenSlots, gather_tokens, replace_tokens
 
 
+class BigBirdPlan(NamedTuple):
+    """What blocks attend, for one layer or several.
+
+    Args:
+        random_blocks: `[batch or 1, heads, rows, count]`.
+        layout: where each token is.
+        lists: `[batch or 1, heads, rows, entries]`, all blocks that a block attends; -1 for none.
+    """
+
+    random_blocks: Tensor
+    layout: BlockLayout
+    lists: Tensor
+
+    def by_layer(self, layers: int) -> list["BigBirdPlan"]:
+        """The plan of each of `layers` layers, whose heads stand behind one another."""
+        shares = zip(*(x.unflatten(1, (layers, -1)).unbind(1) for x in (self.random_blocks, self.lists)), strict=True)
+        return [BigBirdPlan(blocks, self.layout, lists) for blocks, lists in shares]
+
+
+def plan_big_bird(
+    key_padding_mask: Tensor | None,
+    length: int,
+    *,
+    block_size: int,
+    random_blocks: Tensor,
+    num_global: int = 0,
+    global_ends: bool = True,
+) -> BigBirdPlan:
+    """The plan of inputs of `length` tokens; arguments as in `big_bird_attention`, heads of several layers too."""
+    rows, device = random_blocks.shape[2], random_blocks.device
+    layout = block_layout(key_padding_mask, length, block_size, rows, num_global, device)
+    return BigBirdPlan(random_blocks, layout, _key_blocks(layout, random_blocks, global_ends))
+
+
 def big_bird_attention(
     query: Tensor,
     key: Tensor,
@@ -29,6 +64,7 @@ def big_bird_attention(
     random_blocks: Tensor,
     num_global: int = 0,
     global_ends: bool = True,
+    plan: BigBirdPlan | None = None,
 ) -> Tensor:
     """Softmax attention over blocks: a query's own block, its two neighbours, global and random ones, in one softmax.
 
@@ -47,6 +83,7 @@ def big_bird_attention(
             (`pick_random_blocks`). Rows of blocks that attend everything, or do not exist, do not count.
         num_global: global tokens at the start of each example, 0 or more.
         global_ends: the first and the last block are global.
+        plan: what `plan_big_bird` gives for all this, to prepare several layers at once.
 
     Returns:
         `[batch, heads, length, head_dim]`, 0 at padding.
@@ -64,9 +101,11 @@ def big_bird_attention(
     rows, count = random_blocks.shape[2:]
     if dense_is_on() and count == 0 and rows <= blocks_in_reach(global_ends):
         return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
-    layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
+    if plan is None:
+        shape = {"block_size": block_size, "num_global": num_global, "global_ends": global_ends}
+        plan = plan_big_bird(key_padding_mask, query.shape[2], random_blocks=random_blocks, **shape)
+    layout, lists = plan.layout, plan.lists
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
-    lists = _key_blocks(layout, random_blocks, global_ends)
     options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
     kernel = fused("blocks", query)
     on_cpu = kernel is None and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
@@ -103,8 +142,8 @@ def big_bird_counts(
     Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
     """
     _check_pattern(query, block_size, random_blocks, num_global)
-    layout = _layout(query, key_padding_mask, block_size, random_blocks, num_global)
-    lists = _key_blocks(layout, random_blocks, global_ends)
+    shape = {"block_size": block_size, "num_global": num_global, "global_ends": global_ends}
+    _, layout, lists = plan_big_bird(key_padding_mask, query.shape[2], random_blocks=random_blocks, **shape)
     blocks = layout.global_blocks + layout.rows
     counts = _block_counts(lists, blocks)
     block = layout.place // block_size
@@ -170,12 +209,6 @@ def _check_pattern(query: Tensor, block_size: int, random_blocks: Tensor, num_gl
 def blocks_in_reach(global_ends: bool) -> int:
     """In a text of so many blocks each attends all, or is attended by all, without random ones."""
     return 4 if global_ends else 2
-
-
-def _layout(
-    query: Tensor, key_padding_mask: Tensor | None, block_size: int, random_blocks: Tensor, num_global: int
-) -> BlockLayout:
-    return block_layout(key_padding_mask, query.shape[2], block_size, random_blocks.shape[2], num_global, query.device)
 
 
 def _key_blocks(layout: BlockLayout, random_blocks: Tensor, global_ends: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cpu import without_autocast
+from .fused import fused
 from .inputs import count_blocks, zero_padding
 
 
@@ -32,6 +33,11 @@ def add_nearby(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None
     Xiong et al. 2021, arXiv 2102.03902. Time O(length * (taps + block)), memory O(length * (1 + taps / block)), none
     of it kept for the backward pass.
     """
+    kernel = fused("add_nearby", value)
+    if kernel is not None and mixed.dtype == value.dtype == weight.dtype:
+        added = kernel(mixed, value, weight, keep)
+        if added is not None:
+            return added
     return mixed + zero_padding(_Convolution.apply(zero_padding(value, keep), weight), keep)
 
 

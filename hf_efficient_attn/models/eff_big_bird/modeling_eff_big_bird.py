@@ -69,6 +69,7 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
     ) -> Tensor:
         """With the global tokens in front, which are cut off again."""
         if self.global_embeddings is None:
+            context = self._with_plans(context, key_padding_mask, hidden_states)
             return super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
         count = self.config.num_global_tokens
         front = self.global_embeddings(torch.arange(count, device=hidden_states.device))
@@ -80,8 +81,19 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
         if key_padding_mask is not None:
             key_padding_mask = nn.functional.pad(key_padding_mask, (count, 0), value=True)
         hidden_states = torch.cat([front, hidden_states], dim=1)
+        context = self._with_plans(context, key_padding_mask, hidden_states)
         states = super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
         return states[:, front.shape[1] :]
+
+    def _with_plans(
+        self, context: dict[str, Any], key_padding_mask: Tensor | None, hidden_states: Tensor
+    ) -> dict[str, Any]:
+        """`context` with what all layers attend: to draw blocks for each on its own takes as long as short texts do."""
+        layers = self.encoder.attentions()
+        if "documents" in context or layers[0].options.attention_type != "block_sparse":
+            return context
+        plan = layers[0].plan(key_padding_mask, hidden_states.shape[1], hidden_states.device, len(layers))
+        return {**context, "block_plans": plan.by_layer(len(layers))}
 
     @wraps(EffEncoderModel.forward)
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
