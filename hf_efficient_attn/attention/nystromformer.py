@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cpu import in_reach, is_plain
-from ..functional import add_nearby, cpu_add_nearby, dense_nystrom_attention, nystrom_attention, zero_padding
+from ..functional import (
+    Landmarks,
+    add_nearby,
+    cpu_add_nearby,
+    dense_nystrom_attention,
+    nystrom_attention,
+    segment_landmarks,
+    zero_padding,
+)
 from .base import SelfAttention
 
 
@@ -86,6 +94,10 @@ class NystromformerSelfAttention(SelfAttention):
             "scale_per_matrix": self.options.inv_coeff_init_option,
         }
 
+    def segments(self, hidden_states: Tensor, key_padding_mask: Tensor | None) -> Landmarks:
+        """The segments of landmarks of `hidden_states` `[batch, length, hidden]`, the same in all layers."""
+        return segment_landmarks(hidden_states[:, None], key_padding_mask, self.options.num_landmarks)
+
     def attend(
         self,
         hidden_states: Tensor,
@@ -97,17 +109,20 @@ class NystromformerSelfAttention(SelfAttention):
         dropout_p: float,
         backend: str,
         overwrite: bool = False,
+        segments: Landmarks | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `SelfAttention.attend`; the weights are those of the landmarks, without the convolution."""
+        """See `SelfAttention.attend`; the weights are those of the landmarks, without the convolution.
+
+        `segments` are what `segments` gives, where they are prepared once for all layers.
+        """
         weights = None
         if backend == "eager":
             mixed, weights = dense_nystrom_attention(
                 query, key, value, key_padding_mask, dropout_p=dropout_p, **self.landmarks
             )
         else:
-            mixed = nystrom_attention(
-                query, key, value, key_padding_mask, dropout_p=dropout_p, overwrite=overwrite, **self.landmarks
-            )
+            options = {"dropout_p": dropout_p, "overwrite": overwrite, "segments": segments, **self.landmarks}
+            mixed = nystrom_attention(query, key, value, key_padding_mask, **options)
         if self.conv is not None:
             mixed = self._add_nearby(mixed, value, key_padding_mask)
         return self.merge(mixed), weights

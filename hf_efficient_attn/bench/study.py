@@ -29,6 +29,7 @@ PASS_NOTES = (
     "and in a training step gradients too. Ratios are of medians; in parentheses their range over the turns. "
     "Threads wait for each other as PyTorch has it by default."
 )
+GPU_NOTE = "On a GPU memory is what torch has given out of the GPU's, and the kinds are measured one after another, not in turns."
 GENERATION_NOTES = (
     "Causal language models, greedy. The text is read, and some tokens are generated, before the first timed run, "
     "which goes on from there; memory is that of all tensors of the cache, its room for more tokens included. Ratios "
@@ -171,6 +172,7 @@ def _notes(cases: Sequence[Case]) -> list[str]:
     modes = {case.mode for case in cases}
     notes = [PASS_NOTES] if modes & set(PASSES) else []
     notes += [GENERATION_NOTES] if "generate" in modes else []
+    notes += [GPU_NOTE] if any(case.device == "cuda" for case in cases) else []
     return [*notes, *(f"{kind}: {KINDS[kind].note}." for kind in kinds if KINDS[kind].note)]
 
 

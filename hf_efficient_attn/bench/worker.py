@@ -169,6 +169,8 @@ def main() -> None:
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     job = json.load(sys.stdin)
+    # torch asks the driver whether there is a GPU; the other way of asking leaves forked processes without one.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     cases = [Case.from_json(case) for case in job["cases"]]
 
     def write(result: Result) -> None:

@@ -5,10 +5,6 @@ product of two such numbers is three products on tensor cores, or two where one 
 is as fast as one product in TF32, and 60 times as exact; bfloat16 has the range of float32 besides.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -105,14 +101,3 @@ def share_out(length: int, tile: int, others: int) -> tuple[int, int]:
     chunks = max(1, min(tiles, triton.cdiv(PROGRAMS, max(1, others))))
     size = triton.cdiv(tiles, chunks) * tile
     return triton.cdiv(length, size), size
-
-
-def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """`launch` with the GPU of its first tensor as the current one, where Triton starts kernels."""
-
-    @wraps(launch)
-    def launched(first: Tensor, *others: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return launch(first, *others)
-
-    return launched

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits, on_its_device
+from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits
+from .operators import operator
 from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
 
 
@@ -148,8 +149,7 @@ def _tile(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@torch.library.custom_op("hf_efficient_attn::blocks_forward", mutates_args=())
-@on_its_device
+@operator("blocks_forward")
 def blocks_forward(
     query: Tensor,
     key: Tensor,
@@ -200,8 +200,7 @@ def _(query, *args):  # noqa: ANN001, ANN002, ANN202
     return empty_like_rows(query), query.new_empty(*query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_efficient_attn::blocks_backward", mutates_args=())
-@on_its_device
+@operator("blocks_backward")
 def blocks_backward(
     grad: Tensor,
     grad_lse: Tensor,

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .features_forward import mix_for_queries, sum_over_keys
 from .mix_backward import mix_gradients
+from .operators import operator
 from .sums_backward import sum_gradients
 from .tiles import dropout_seed, empty_like_rows
 
 
-@torch.library.custom_op("hf_efficient_attn::feature_sums", mutates_args=())
+@operator("feature_sums")
 def _sums_op(
     key: Tensor,
     value: Tensor,
@@ -63,7 +64,7 @@ def _sums_backward(ctx: Any, sums: Tensor | None, ones: Tensor | None, _: Tensor
 _sums_op.register_autograd(_sums_backward, setup_context=_keep_for_sums)
 
 
-@torch.library.custom_op("hf_efficient_attn::feature_mix", mutates_args=())
+@operator("feature_mix")
 def _mix_op(
     query: Tensor,
     weights: Tensor,

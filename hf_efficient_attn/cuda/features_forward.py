@@ -12,7 +12,6 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    on_its_device,
     parts_of,
     product,
     share_out,
@@ -231,7 +230,6 @@ def _mix_kernel(
     )
 
 
-@on_its_device
 def sum_over_keys(
     key: Tensor,
     value: Tensor,
@@ -296,7 +294,6 @@ def sum_over_keys(
     return (sums * share[..., None]).sum(dim=2), (ones * share).sum(dim=2), top / LOG2_E
 
 
-@on_its_device
 def mix_for_queries(
     query: Tensor,
     weights: Tensor,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import on_its_device
+from .operators import operator
 
 
 # As exact as float32 needs, on tensor cores.
@@ -63,8 +63,7 @@ def _backward_kernel(matrix, steps, above, matrix_grad, start_grad, count, itera
     tl.store(start_grad + group * SIZE * SIZE + at, g)
 
 
-@torch.library.custom_op("hf_efficient_attn::pinv_iterations", mutates_args=())
-@on_its_device
+@operator("pinv_iterations")
 def _inverse_op(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     matrix, start = matrix.contiguous(), start.contiguous()
     size = matrix.shape[-1]
@@ -79,8 +78,7 @@ def _(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return matrix.new_empty(matrix.shape), matrix.new_empty(iterations, *matrix.shape)
 
 
-@torch.library.custom_op("hf_efficient_attn::pinv_iterations_backward", mutates_args=())
-@on_its_device
+@operator("pinv_iterations_backward")
 def _gradients_op(matrix: Tensor, steps: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     matrix, above = matrix.contiguous(), above.contiguous()
     size = matrix.shape[-1]

@@ -12,13 +12,13 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    on_its_device,
     parts_of,
     product,
     share_out,
     split,
     split_tensor,
 )
+from .operators import operator
 from .tiles import empty_like_rows, rows
 
 
@@ -255,8 +255,7 @@ def _feature_kernel(
         tl.store(weight_grad + found_at, weight_sum * root, mask=inside[:, None])
 
 
-@torch.library.custom_op("hf_efficient_attn::feature_mix_backward", mutates_args=())
-@on_its_device
+@operator("feature_mix_backward")
 def mix_gradients(
     query: Tensor,
     weights: Tensor,

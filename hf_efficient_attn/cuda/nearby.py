@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import on_its_device, share_out
+from .arithmetic import share_out
+from .operators import operator
 from .tiles import HEAD_DIMS, empty_like_rows, flags, load_rows, precision, rows
 
 
@@ -88,8 +89,7 @@ def _launch(value: Tensor, weight: Tensor, base: Tensor | None, keep: Tensor | N
     return out
 
 
-@torch.library.custom_op("hf_efficient_attn::add_nearby", mutates_args=())
-@on_its_device
+@operator("add_nearby")
 def _add_op(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
     return _launch(value, weight, mixed, keep, False)
 
@@ -99,8 +99,7 @@ def _(mixed, value, weight, keep):  # noqa: ANN001, ANN202
     return empty_like_rows(value)
 
 
-@torch.library.custom_op("hf_efficient_attn::add_nearby_backward", mutates_args=())
-@on_its_device
+@operator("add_nearby_backward")
 def _gradients_op(grad: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of values and weight."""
     grad, value = rows(grad), rows(value)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import block_of, on_its_device, share_out
+from .arithmetic import block_of, share_out
+from .operators import operator
 from .tiles import empty_like_rows, rows
 
 
@@ -62,8 +63,7 @@ def _segment_kernel(
     tl.store(sums + row[:, None] * WIDTH + c[None, :], acc, mask=(s < landmarks)[:, None])
 
 
-@torch.library.custom_op("hf_efficient_attn::segment_means", mutates_args=())
-@on_its_device
+@operator("segment_means")
 def _means_op(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
     tensor, segment = rows(tensor), segment.contiguous()
     batch, heads, length, width = tensor.shape
@@ -99,7 +99,7 @@ def _(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
     return tensor.new_empty(batch, heads, sizes.shape[1], width, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_efficient_attn::segment_means_backward", mutates_args=())
+@operator("segment_means_backward")
 def _spread_op(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
     """The gradient of each token: its segment's, shared out among its tokens; 0 at padding."""
     batch, heads, landmarks, width = grad.shape

@@ -12,13 +12,13 @@ from .arithmetic import (
     draw_lines,
     draws,
     drop_limits,
-    on_its_device,
     parts_of,
     product,
     share_out,
     split,
     split_tensor,
 )
+from .operators import operator
 from .tiles import empty_like_rows, rows
 
 
@@ -248,8 +248,7 @@ def _weight_kernel(
     tl.store(weight_grad + found[:, None] * WIDTH + c[None, :], acc * root, mask=inside[:, None])
 
 
-@torch.library.custom_op("hf_efficient_attn::feature_sums_backward", mutates_args=())
-@on_its_device
+@operator("feature_sums_backward")
 def sum_gradients(
     key: Tensor,
     value: Tensor,

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits, on_its_device
+from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits
+from .operators import operator
 from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
 
 
@@ -195,8 +196,7 @@ def _keys(
     tl.store(DV + place, dv.to(DV.dtype.element_ty), mask=(column < length)[:, None])
 
 
-@torch.library.custom_op("hf_efficient_attn::window_forward", mutates_args=())
-@on_its_device
+@operator("window_forward")
 def window_forward(
     query: Tensor,
     key: Tensor,
@@ -250,8 +250,7 @@ def _(query, *args):  # noqa: ANN001, ANN002, ANN202
     return empty_like_rows(query), query.new_empty(*query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_efficient_attn::window_backward", mutates_args=())
-@on_its_device
+@operator("window_backward")
 def window_backward(
     grad: Tensor,
     query: Tensor,

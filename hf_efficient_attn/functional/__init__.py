@@ -29,7 +29,7 @@ from .inputs import count_blocks, zero_padding
 from .lsh_hash import hash_buckets, hash_rotations, powers_of_two, table_sizes
 from .nearby import add_nearby
 from .nearby_cpu import cpu_add_nearby
-from .nystrom import dense_nystrom_attention, nystrom_attention
+from .nystrom import Landmarks, dense_nystrom_attention, nystrom_attention, segment_landmarks
 from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
 from .sliding_window import sliding_window_allowed, sliding_window_attention
@@ -41,6 +41,7 @@ __all__ = [
     "BigBirdPlan",
     "FusedTable",
     "KERNELS",
+    "Landmarks",
     "PerformerState",
     "TokenSlots",
     "add_nearby",
@@ -80,6 +81,7 @@ __all__ = [
     "projected_attention",
     "random_draws",
     "replace_tokens",
+    "segment_landmarks",
     "select_tokens",
     "sliding_window_allowed",
     "sliding_window_attention",

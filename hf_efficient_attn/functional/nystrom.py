@@ -53,7 +53,7 @@ class Landmarks(NamedTuple):
             sums = sums.index_add(0, rows.flatten(), joined.flatten(0, 1))
             means = sums.unflatten(0, (batch, landmarks + 1))[:, :landmarks] / self.sizes
         else:
-            means = torch.matmul(self.average, joined)
+            means = torch.matmul(_members(self.segment, landmarks).to(joined.dtype), joined) / self.sizes
         return means.unflatten(-1, (heads, width)).transpose(1, 2)
 
 
@@ -165,12 +165,13 @@ def _kernels(
     pinv_iterations: int | None,
     scale_per_matrix: bool,
     overwrite: bool = False,
+    segments: Landmarks | None = None,
 ) -> _Kernels:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # An inverse multiplies rounding errors: half precision is too little for any part of the product.
     dtype = torch.promote_types(query.dtype, torch.float32 if pinv_iterations is not None else torch.float64)
     query, key, value = (zero_padding(x, key_padding_mask, overwrite).to(dtype) for x in (query, key, value))
-    landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
+    landmarks = segment_landmarks(key, key_padding_mask, num_landmarks) if segments is None else segments
     row, means = landmarks.means(query) * scale, landmarks.means(key)
     square = _square(row, means, landmarks)
     if pinv_iterations is None:
@@ -201,6 +202,7 @@ def _fused(
     num_landmarks: int,
     pinv_iterations: int | None,
     scale_per_matrix: bool,
+    segments: Landmarks | None = None,
 ) -> Tensor | None:
     """The iterated form in kernels of a GPU, in full precision but for what they read; None where there are none."""
     kernels, take_means = feature_kernels(query, key, value), fused("segment_means", query)
@@ -209,7 +211,7 @@ def _fused(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     iterate = fused("pinv_iterations", query) if num_landmarks in _ITERATED_SIZES else None
     options: dict[str, Any] = {"root": 1.0, "dropout_p": dropout_p, "precise": True}
-    landmarks = segment_landmarks(key, key_padding_mask, num_landmarks)
+    landmarks = segment_landmarks(key, key_padding_mask, num_landmarks) if segments is None else segments
     row, means = (take_means(x, landmarks.segment, landmarks.sizes) for x in (query, key))
     row = row * scale
     inverse = iterative_pinv(_square(row, means, landmarks), pinv_iterations, scale_per_matrix, iterate)
@@ -248,6 +250,7 @@ def nystrom_attention(
     pinv_iterations: int | None,
     scale_per_matrix: bool,
     overwrite: bool = False,
+    segments: Landmarks | None = None,
 ) -> Tensor:
     """`F A^+ (B value)` with `F = softmax(query k^T)`, `A = softmax(q k^T)` and `B = softmax(q key^T)`.
 
@@ -268,6 +271,7 @@ def nystrom_attention(
         scale_per_matrix: see `iterative_pinv`.
         overwrite: without a graph, let the result take the memory of `query`, and set what is padding in `key` and
             `value` to 0 where it stands.
+        segments: what `segment_landmarks` gives for all this, to prepare several layers at once.
 
     Returns:
         As `query`, 0 at padding.
@@ -288,6 +292,7 @@ def nystrom_attention(
         "num_landmarks": num_landmarks,
         "pinv_iterations": pinv_iterations,
         "scale_per_matrix": scale_per_matrix,
+        "segments": segments,
     }
     # Autocast would take the inverse in half precision.
     with without_autocast(query.device):

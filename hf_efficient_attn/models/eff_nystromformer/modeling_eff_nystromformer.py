@@ -1,5 +1,9 @@
 """EffNystromformer classes: the encoder frame around Nyström attention, with the published parameter names."""
 
+from typing import Any
+
+from torch import Tensor
+
 from ...attention.nystromformer import NystromformerSelfAttention
 from ...encoder.heads import ActivatedClassificationHead, BertLMHead
 from ...encoder.model import EffEncoderModel, EffPreTrainedModel
@@ -34,6 +38,20 @@ class EffNystromformerModel(EffEncoderModel, EffNystromformerPreTrainedModel):
         self, config: EffNystromformerConfig, add_pooling_layer: bool = False, task: str | None = None
     ) -> None:
         super().__init__(config, add_pooling_layer, task)
+
+    def encode(
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        context: dict[str, Any],
+        wants_weights: bool,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """With the segments of the landmarks, which are those of the tokens in every layer."""
+        if "documents" not in context:
+            segments = self.encoder.attentions()[0].segments(hidden_states, key_padding_mask)
+            context = {**context, "segments": segments}
+        return super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
 
 
 class EffNystromformerForMaskedLM(ForMaskedLM, EffNystromformerPreTrainedModel):
