@@ -202,6 +202,24 @@ def test_can_be_turned_off(used: list[str]) -> None:
     assert used == ["window"]
 
 
+@pytest.mark.parametrize("attention", [windows, blocks])
+def test_what_is_added_atomically_is_not_deterministic(
+    attention: Callable[..., Tensor], used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = one_head(16)[:3]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if attention is windows:
+        attention(*rows, 0.0)
+    else:
+        with pytest.raises(TypeError, match="NoneType"):
+            attention(*rows, 0.0)
+    assert len(used) == 1, "it is asked, and leaves it to others"
+    if attention is windows:
+        with fused_kernels(False):
+            right = attention(*rows, 0.0)
+        torch.testing.assert_close(attention(*rows, 0.0), right, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["hf_efficient_attn::window_forward", "hf_efficient_attn::blocks_forward"])
 def test_operators_keep_the_rules_of_torch(name: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, _ = (x.requires_grad_() for x in one_head(16))

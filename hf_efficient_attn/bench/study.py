@@ -29,7 +29,7 @@ PASS_NOTES = (
     "and in a training step gradients too. Ratios are of medians; in parentheses their range over the turns. "
     "Threads wait for each other as PyTorch has it by default."
 )
-GPU_NOTE = "On a GPU memory is what torch has given out of the GPU's, and the kinds are measured one after another, not in turns."
+GPU_NOTE = "On a GPU memory is what torch has given out of the GPU's, and kinds are measured one after another."
 GENERATION_NOTES = (
     "Causal language models, greedy. The text is read, and some tokens are generated, before the first timed run, "
     "which goes on from there; memory is that of all tensors of the cache, its room for more tokens included. Ratios "

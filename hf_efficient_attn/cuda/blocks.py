@@ -268,11 +268,13 @@ def block_attention(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """What `blocks_forward` gives, the logarithms natural; None for sizes that there is no kernel for.
+    """What `blocks_forward` gives, the logarithms natural.
+
+    None for sizes that there is no kernel for, and where torch is to be deterministic.
 
     Time O(blocks * entries * size^2), memory O(length) and the lists.
     """
-    if query.shape[-1] not in HEAD_DIMS or size > 128:
+    if query.shape[-1] not in HEAD_DIMS or size > 128 or torch.are_deterministic_algorithms_enabled():
         return None
     seed = dropout_seed(dropout_p, query.device)
     tables = (lists.to(torch.int32), None if source is None else source.to(torch.int32), filled, seed)

@@ -339,11 +339,14 @@ def window_attention(
     scale: float,
     dropout_p: float,
 ) -> Tensor | None:
-    """`functional.sliding_window_attention` without dilation; None for heads of a size that there is no kernel for.
+    """`functional.sliding_window_attention` without dilation.
+
+    None for heads of a size that there is no kernel for, and with global tokens where torch is to be deterministic.
 
     Arguments as in `window_forward`. Time O(length * (back + ahead + slots)), memory O(length).
     """
-    if query.shape[-1] not in HEAD_DIMS:
+    adds_atomically = global_key is not None and torch.are_deterministic_algorithms_enabled()
+    if query.shape[-1] not in HEAD_DIMS or adds_atomically:
         return None
     seed = dropout_seed(dropout_p, query.device)
     shape = (back, ahead, causal, scale, dropout_p)

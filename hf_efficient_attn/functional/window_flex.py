@@ -97,7 +97,7 @@ def window_block_mask(
     counted = every if counted is None else counted
     is_global = ~every if global_tokens is None else global_tokens.mask
     # Tensors, because the kernel would be compiled again for each new number.
-    steps = torch.tensor(dilations, device=key.device)
+    steps = torch.tensor(dilations, device="cpu").to(key.device, non_blocking=True)
     before, after = -window.back * steps, window.ahead * steps
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
