@@ -146,6 +146,17 @@ def test_each_device_has_its_meter() -> None:
         Case("bert", 8, device="tpu", size=replace(TINY, attention_window=None))
 
 
+def test_dropout_of_attention_may_be_chosen_for_all() -> None:
+    for kind in ("bert", "eff_longformer", "eff_reformer", "modernbert"):
+        size = TINY if KINDS[kind].windowed else replace(TINY, attention_window=None)
+        config = build_model(Case(kind, 64, size=size, attention_dropout=0.25)).config
+        assert [getattr(config, name) for name in KINDS[kind].dropout_fields] == [0.25] * len(
+            KINDS[kind].dropout_fields
+        )
+    with pytest.raises(ValueError, match="attention_dropout is 1.0, which is no probability below 1"):
+        Case("eff_longformer", 64, size=TINY, attention_dropout=1.0)
+
+
 def test_predictions_of_generation_grow_with_the_cache_alone() -> None:
     bert = Case("bert", 4000, "generate", replace(TINY, attention_window=None))
     assert extrapolate([(1000, 1.0), (2000, 1.5)], bert) == pytest.approx(3.0)

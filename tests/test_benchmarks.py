@@ -20,6 +20,20 @@ def test_the_attention_alone_runs_against_its_products(tmp_path: Path) -> None:
     assert wrong.returncode == 1 and "--length is 1000" in wrong.stderr
 
 
+def test_the_attention_on_a_gpu_runs_on_a_cpu_for_a_trial(tmp_path: Path) -> None:
+    options = ("--quick", "--device", "cpu", "--dtype", "float32", "--repeats", "1", "--tokens", "512")
+    result = run_script("attention_gpu", tmp_path, *options, "--out", "r.md")
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "r.md").read_text()
+    for name in ("flash", "longformer", "big_bird", "nystromformer", "performer", "lsh"):
+        assert f"| 512 | {name} | " in text
+    wrong = run_script("attention_gpu", tmp_path, "--device", "cpu", "--lengths", "100")
+    assert wrong.returncode == 1 and "no multiple of 64" in wrong.stderr
+    if not torch.cuda.is_available():
+        wrong = run_script("attention_gpu", tmp_path)
+        assert wrong.returncode == 1 and "torch sees no GPU" in wrong.stderr
+
+
 def test_products_are_those_of_the_pairs() -> None:
     """Multiply-adds of the products, counted by torch, are those of the pairs that each mask admits."""
     module, length = script("attention_alone"), 1024

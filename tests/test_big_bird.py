@@ -208,6 +208,16 @@ def test_every_layer_has_random_blocks_of_its_own() -> None:
     assert not torch.equal(first.random_blocks(blocks, 30), other.random_blocks(blocks, 30))
 
 
+@pytest.mark.parametrize("keep", [None, mask_of([90, 47], 90, "left").bool()], ids=["whole", "padded"])
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=["internal", "extended"])
+def test_layers_are_planned_at_once_as_each_on_its_own(keep: torch.Tensor | None, options: dict[str, Any]) -> None:
+    layers = build(num_hidden_layers=3, **options).encoder.attentions()
+    together = layers[0].plan(keep, 90, CPU, 3).by_layer(3)
+    for layer, plan in zip(layers, together, strict=True):
+        alone = layer.plan(keep, 90, CPU)
+        assert torch.equal(plan.random_blocks, alone.random_blocks) and torch.equal(plan.lists, alone.lists)
+
+
 def test_extended_form_cuts_off_the_global_tokens_in_front() -> None:
     model = build(**EXTENDED)
     ids = random_ids(2, 20)

@@ -1,6 +1,7 @@
 """The kernels of a GPU, in Triton's interpreter where there is none: every row of the table that takes one."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from cases import HEADS, ROW_IDS, ROWS, Case, paddings, slots
 from torch import Tensor
 from triton_interpreter import DEVICE
 
-from hf_efficient_attn.cuda import KERNELS
+from hf_efficient_attn.cuda import KERNELS, SHARED_MEMORY, have_room
 from hf_efficient_attn.functional import (
     FusedTable,
     chunk_attention,
@@ -191,6 +192,13 @@ def test_dropout_drops_the_same_in_both_passes(
     assert used
     torch.manual_seed(4)
     assert not torch.equal(attention(query, key, value, 0.5), dropped)
+
+
+def test_small_gpus_have_none() -> None:
+    large, small = (SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY + more) for more in (0, -1))
+    assert have_room([], True) and have_room([large, large], True)
+    assert not have_room([large, small], True) and not have_room([large], False)
+    assert not have_room([SimpleNamespace()], True)
 
 
 def test_can_be_turned_off(used: list[str]) -> None:
