@@ -18,7 +18,7 @@ SHARED_MEMORY = 200_000
 
 
 def have_room(gpus: list[Any], is_nvidia: bool) -> bool:
-    """Whether the kernels are for these GPUs, given by `torch.cuda.get_device_properties`. None at all are no obstacle."""
+    """Whether the kernels are for all of these GPUs, as `torch.cuda.get_device_properties` describes them."""
     return all(is_nvidia and getattr(gpu, "shared_memory_per_block_optin", 0) >= SHARED_MEMORY for gpu in gpus)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits
 from .operators import operator
-from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
+from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
 
 
 _WARPS, _STAGES = 4, 2
@@ -49,12 +49,12 @@ def _scores(q, k, row, column, there, scale, CAUSAL: tl.constexpr, PENALTY: tl.c
 def _forward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, l_b, l_h, s_b, s_h, f_b, f_h,
-    length, heads, front, width, scale, threshold, factor,
+    length, heads, blocks, front, width, scale, threshold, factor,
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     first, filled = example * s_b + head * s_h, example * f_b + head * f_h
     row, row_is_there = _tokens(SOURCE, FILLED, first, filled, block + front, length, SIZE, TILE, HAS_SOURCE)
@@ -81,7 +81,7 @@ def _forward(
         mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = mixed / some[:, None]
-    target = OUT + example * o_b + head * o_h + row[:, None] * o_n + tl.arange(0, WIDTH)[None, :]
+    target = OUT + example * o_b + head * o_h + offsets(row, o_n, WIDTH)
     tl.store(target, mixed.to(OUT.dtype.element_ty), mask=row_is_there[:, None])
     lse = tl.where(total > 0.0, top + tl.log2(some), 0.0)
     tl.store(LSE + pair.to(tl.int64) * length + row, lse, mask=row_is_there)
@@ -92,12 +92,12 @@ def _backward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE, GRAD, GLSE, DQ, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
     l_b, l_h, s_b, s_h, f_b, f_h,
-    length, heads, front, width, scale, plain_scale, threshold, factor,
+    length, heads, blocks, front, width, scale, plain_scale, threshold, factor,
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     DK, DV = DK + example * d_b + head * d_h, DV + example * d_b + head * d_h
     first, filled = example * s_b + head * s_h, example * f_b + head * f_h
@@ -130,10 +130,10 @@ def _backward(
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * plain_scale
         dv = tl.dot(tl.trans(spread.to(grad.dtype)), grad, input_precision=PRECISION)
-        place = column[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+        place = offsets(column, d_n, WIDTH)
         tl.atomic_add(DK + place, dk, mask=there[:, None], sem="relaxed")
         tl.atomic_add(DV + place, dv, mask=there[:, None], sem="relaxed")
-    target = DQ + example * d_b + head * d_h + row[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+    target = DQ + example * d_b + head * d_h + offsets(row, d_n, WIDTH)
     tl.store(target, (dq * plain_scale).to(DQ.dtype.element_ty), mask=row_is_there[:, None])
 
 
@@ -185,10 +185,10 @@ def blocks_forward(
     if source is not None:
         out.zero_(), lse.zero_()
     lists = lists.contiguous()
-    _forward[(lists.shape[2], batch * heads)](
+    _forward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
-        length, heads, front, lists.shape[3], scale * LOG2_E, *drop_limits(dropout_p),
+        length, heads, lists.shape[2], front, lists.shape[3], scale * LOG2_E, *drop_limits(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
@@ -225,10 +225,10 @@ def blocks_backward(
     batch, heads, _, width = query.shape
     dq, dk, dv = (empty_like_rows(query, torch.float32).zero_() for _ in range(3))
     lists = lists.contiguous()
-    _backward[(lists.shape[2], batch * heads)](
+    _backward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
-        *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, front, lists.shape[3],
+        *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, lists.shape[2], front, lists.shape[3],
         scale * LOG2_E, scale, *drop_limits(dropout_p),
         source is not None, seed is not None, causal, exclude_self,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
@@ -274,7 +274,7 @@ def block_attention(
 
     Time O(blocks * entries * size^2), memory O(length) and the lists.
     """
-    if query.shape[-1] not in HEAD_DIMS or size > 128 or torch.are_deterministic_algorithms_enabled():
+    if not takes(query, key, value) or size > 128 or torch.are_deterministic_algorithms_enabled():
         return None
     seed = dropout_seed(dropout_p, query.device)
     tables = (lists.to(torch.int32), None if source is None else source.to(torch.int32), filled, seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .arithmetic import share_out
 from .operators import operator
-from .tiles import HEAD_DIMS, empty_like_rows, flags, load_rows, precision, rows
+from .tiles import HEAD_DIMS, empty_like_rows, flags, load_rows, offsets, precision, rows
 
 
 _TILE, _SPAN = 64, 128  # tokens of results, and those around them that one program sees
@@ -36,8 +36,9 @@ def _convolve(
     HAS_BASE: tl.constexpr, HAS_KEEP: tl.constexpr, FLIPPED: tl.constexpr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair, first = tl.program_id(1), tl.program_id(0) * TILE
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    tiles = tl.cdiv(length, TILE)
+    pair, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     flag = example * length
     start = first - taps // 2
     near = _window(VALUE + example * v_b + head * v_h, KEEP, flag, start, v_n, length, SPAN, HAS_KEEP, WIDTH)
@@ -52,7 +53,7 @@ def _convolve(
     if HAS_BASE:
         base = load_rows(BASE + example * b_b + head * b_h, token, token < length, b_n, WIDTH)
         sums += base.to(tl.float32)
-    target = OUT + example * o_b + head * o_h + token[:, None] * o_n + tl.arange(0, WIDTH)[None, :]
+    target = OUT + example * o_b + head * o_h + offsets(token, o_n, WIDTH)
     tl.store(target, sums.to(OUT.dtype.element_ty), mask=(token < length)[:, None])
 
 
@@ -63,8 +64,8 @@ def _kernel_gradients(
     WIDTH: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of tokens the gradient of the whole band; only its diagonals count."""
-    chunk, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    chunk, pair = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     GRAD, VALUE = GRAD + example * g_b + head * g_h, VALUE + example * v_b + head * v_h
     flag = example * length
     band = tl.zeros([TILE, SPAN], tl.float32)
@@ -82,7 +83,7 @@ def _launch(value: Tensor, weight: Tensor, base: Tensor | None, keep: Tensor | N
     batch, heads, length, width = value.shape
     out = empty_like_rows(value)
     steps = (value if base is None else base).stride()[:3]
-    _convolve[(triton.cdiv(length, _TILE), batch * heads)](
+    _convolve[(triton.cdiv(length, _TILE) * batch * heads,)](
         value, weight, base, keep, out, *value.stride()[:3], *steps, *out.stride()[:3], length, heads, weight.shape[1],
         base is not None, keep is not None, flipped, width, _TILE, _SPAN, precision(value), num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def _gradients_op(grad: Tensor, value: Tensor, weight: Tensor, keep: Tensor | No
     value_grad = _launch(grad, weight, None, keep, True)
     chunks, size = share_out(length, _TILE, batch * heads)
     parts = value.new_empty(batch, heads * chunks, _TILE, _SPAN, dtype=torch.float32)
-    _kernel_gradients[(chunks, batch * heads)](
+    _kernel_gradients[(chunks * batch * heads,)](
         grad, value, keep, parts, *grad.stride()[:3], *value.stride()[:3], length, heads, taps, chunks, size,
         keep is not None, width, _TILE, _SPAN, precision(value), num_warps=4, num_stages=2,
     )  # fmt: skip

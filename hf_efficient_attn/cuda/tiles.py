@@ -28,15 +28,26 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**31 - 1, (1,), device=device) if dropout_p > 0.0 else None
 
 
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernels are for heads of this size, all of one dtype."""
+    return query.shape[-1] in HEAD_DIMS and query.dtype == key.dtype == value.dtype
+
+
 def precision(tensor: Tensor) -> str:
     """Of products: half precision has but one; of float32 all digits count."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
 @triton.jit
+def offsets(row, step, WIDTH: tl.constexpr):
+    """Where the numbers of rows stand, rows being `step` numbers apart; a long text of a wide model has over 2^31."""
+    return row.to(tl.int64)[:, None] * step + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
 def load_rows(base, row, mask, step, WIDTH: tl.constexpr):
     """Rows of a matrix, 0 where not `mask`."""
-    return tl.load(base + row[:, None] * step + tl.arange(0, WIDTH)[None, :], mask=mask[:, None], other=0.0)
+    return tl.load(base + offsets(row, step, WIDTH), mask=mask[:, None], other=0.0)
 
 
 @triton.jit

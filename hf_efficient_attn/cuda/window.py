@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits
 from .operators import operator
-from .tiles import HEAD_DIMS, dropout_seed, empty_like_rows, flags, kept, load_rows, precision, rows
+from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
 
 
 # Queries, keys, warps and stages of a program.
@@ -29,8 +29,9 @@ def _forward(
     CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    blocks = tl.cdiv(length, BQ)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     Q, K, V = Q + example * q_b + head * q_h, K + example * k_b + head * k_h, V + example * v_b + head * v_h
     row = block * BQ + tl.arange(0, BQ)
     row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
@@ -77,7 +78,7 @@ def _forward(
             mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = tl.where(row_is_there[:, None], mixed / some[:, None], 0.0)
-    target = OUT + example * o_b + head * o_h + row[:, None] * o_n + tl.arange(0, WIDTH)[None, :]
+    target = OUT + example * o_b + head * o_h + offsets(row, o_n, WIDTH)
     tl.store(target, mixed.to(OUT.dtype.element_ty), mask=(row < length)[:, None])
     tl.store(LSE + pair.to(tl.int64) * length + row, tl.where(total > 0.0, top + tl.log2(some), 0.0), mask=row < length)
 
@@ -92,8 +93,9 @@ def _queries(
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and global keys, and each row's sum of gradient times result."""
-    block, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    blocks = tl.cdiv(length, BQ)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     row = block * BQ + tl.arange(0, BQ)
     row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
@@ -147,7 +149,7 @@ def _queries(
             place = first_row + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
             tl.atomic_add(DGK + place, dk, mask=there[:, None])
             tl.atomic_add(DGV + place, dv, mask=there[:, None])
-    target = DQ + example * d_b + head * d_h + row[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+    target = DQ + example * d_b + head * d_h + offsets(row, d_n, WIDTH)
     tl.store(target, (dq * plain_scale).to(DQ.dtype.element_ty), mask=(row < length)[:, None])
 
 
@@ -160,8 +162,9 @@ def _keys(
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values in windows. Matrices are transposed: keys by queries."""
-    block, pair = tl.program_id(0), tl.program_id(1)
-    example, head = (pair // heads).to(tl.int64), pair % heads
+    blocks = tl.cdiv(length, BK)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     Q, GRAD = Q + example * q_b + head * q_h, GRAD + example * g_b + head * g_h
     column = block * BK + tl.arange(0, BK)
     there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
@@ -191,7 +194,7 @@ def _keys(
         dv = tl.dot(spread.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dscores = probs * (dprobs - delta[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-    place = example * d_b + head * d_h + column[:, None] * d_n + tl.arange(0, WIDTH)[None, :]
+    place = example * d_b + head * d_h + offsets(column, d_n, WIDTH)
     tl.store(DK + place, (dk * plain_scale).to(DK.dtype.element_ty), mask=(column < length)[:, None])
     tl.store(DV + place, dv.to(DV.dtype.element_ty), mask=(column < length)[:, None])
 
@@ -231,7 +234,7 @@ def window_forward(
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     slots = 0 if global_key is None else global_key.shape[2]
     block_q, block_k, warps, stages = FORWARD
-    _forward[(triton.cdiv(length, block_q), batch * heads)](
+    _forward[(triton.cdiv(length, block_q) * batch * heads,)](
         query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         length, heads, slots, back, ahead, scale * LOG2_E, *drop_limits(dropout_p),
@@ -282,7 +285,7 @@ def window_backward(
     numbers = (back, ahead, scale * LOG2_E, scale, *drop_limits(dropout_p))
     given = (counted is not None, valid is not None, seed is not None)
     block_q, block_k, warps, stages = QUERIES
-    _queries[(triton.cdiv(length, block_q), batch * heads)](
+    _queries[(triton.cdiv(length, block_q) * batch * heads,)](
         query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, grad, delta, dq, dgk, dgv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
@@ -290,7 +293,7 @@ def window_backward(
         width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_q, block_k, warps, stages = KEYS
-    _keys[(triton.cdiv(length, block_k), batch * heads)](
+    _keys[(triton.cdiv(length, block_k) * batch * heads,)](
         query, key, value, counted, valid, seed, lse, grad, delta, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3], *dk.stride()[:3],
         *shape, *numbers, *given, width, block_q, block_k, precision(query), num_warps=warps, num_stages=stages,
@@ -346,7 +349,7 @@ def window_attention(
     Arguments as in `window_forward`. Time O(length * (back + ahead + slots)), memory O(length).
     """
     adds_atomically = global_key is not None and torch.are_deterministic_algorithms_enabled()
-    if query.shape[-1] not in HEAD_DIMS or adds_atomically:
+    if not takes(query, key, value) or adds_atomically:
         return None
     seed = dropout_seed(dropout_p, query.device)
     shape = (back, ahead, causal, scale, dropout_p)

@@ -1,0 +1,34 @@
+"""Every kernel compiles for a GPU, which the interpreter does not show."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("triton", reason="Triton is there for Linux only")
+KERNELS = {
+    "blocks": ("_forward", "_backward"),
+    "features_forward": ("_sum_kernel", "_mix_kernel"),
+    "inverse": ("_forward_kernel", "_backward_kernel"),
+    "mix_backward": ("_token_kernel", "_feature_kernel"),
+    "nearby": ("_convolve", "_kernel_gradients"),
+    "segments": ("_segment_kernel",),
+    "sums_backward": ("_token_kernel", "_weight_kernel"),
+    "window": ("_forward", "_queries", "_keys"),
+}
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nothing compiled before
+    program = Path(__file__).with_name("compile_kernels.py")
+    result = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = {f"{module}.{kernel}" for module, kernels in KERNELS.items() for kernel in kernels}
+    assert set(result.stdout.split()) == names
