@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .auto import FAMILIES, after_models, public_names, register
+from .auto import FAMILIES, after_import, after_models, public_names, register
 from .integrations import register_attention
 
 
@@ -160,21 +160,22 @@ def _publish() -> None:
     importlib.import_module(".hub.publishing", __name__).attach()
 
 
-def _fuse() -> None:
+def _fuse(table: type) -> None:
     if importlib.util.find_spec("triton") is not None:
-        importlib.import_module(".functional.fused", __name__).FusedTable.source = _kernels
+        table.source = _kernels
 
 
 def _kernels() -> "Mapping[str, Callable[..., Any]]":
-    from .cuda import KERNELS  # loads Triton: not before a tensor on a GPU is there
+    from .cuda import FUSED  # loads Triton: not before a tensor on a GPU is there
 
-    return KERNELS
+    return FUSED
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-after_models += [_publish, _fuse]
+after_models.append(_publish)
+after_import(f"{__name__}.functional.fused", "FusedTable", _fuse)
 register()
 register_attention()

@@ -55,7 +55,7 @@ def launch(kernel: JITFunction, *args: Any, grid: Any = None, warmup: bool = Fal
 
 def run(dtype: torch.dtype, dropout_p: float, padded: bool) -> None:
     """Each operator once, forward and backward."""
-    from hf_efficient_attn.cuda import KERNELS
+    from hf_efficient_attn.cuda import FUSED
 
     def leaf(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=kind).requires_grad_()
@@ -69,20 +69,20 @@ def run(dtype: torch.dtype, dropout_p: float, padded: bool) -> None:
         tokens = {"global_key": key[:, :, :1], "global_value": value[:, :, :1]}
         tokens |= {"global_index": slot, "global_valid": slot == 0}
     shape = {"back": 64, "ahead": 64, "causal": False, "scale": 0.125, "dropout_p": dropout_p}
-    results = [KERNELS["window"](query, key, value, keep, counted=keep, **tokens, **shape)]
+    results = [FUSED["window"](query, key, value, keep, counted=keep, **tokens, **shape)]
     lists = torch.zeros(1, heads, 5, 3, dtype=torch.int32)
     tables = (
         (slot.int()[:, None].expand(1, 1, 320), torch.ones(1, 1, 320, dtype=torch.bool)) if padded else (None, None)
     )
     shape = {"size": 64, "causal": padded, "exclude_self": padded, "scale": 0.125, "dropout_p": dropout_p}
-    results.append(KERNELS["blocks"](query, key, value, lists, *tables, **shape)[0])
+    results.append(FUSED["blocks"](query, key, value, lists, *tables, **shape)[0])
     weights, table = leaf(1, heads, 64, 64, kind=torch.float32), leaf(1, heads, 64, 64, kind=torch.float32)
     options = {"root": 1.0, "dropout_p": dropout_p, "precise": padded}
-    sums, ones, _ = KERNELS["feature_sums"](key, value, weights, keep, half_norm=not padded, **options)
-    results += [sums, KERNELS["feature_mix"](query, weights, table, ones, None, keep, **options)]
-    results.append(KERNELS["segment_means"](key, torch.zeros(1, length, dtype=torch.long), torch.ones(1, 64, 1)))
-    results.append(KERNELS["pinv_iterations"](weights, table, 2))
-    results.append(KERNELS["add_nearby"](query, value, leaf(heads, 65), keep))
+    sums, ones, _ = FUSED["feature_sums"](key, value, weights, keep, half_norm=not padded, **options)
+    results += [sums, FUSED["feature_mix"](query, weights, table, ones, None, keep, **options)]
+    results.append(FUSED["segment_means"](key, torch.zeros(1, length, dtype=torch.long), torch.ones(1, 64, 1)))
+    results.append(FUSED["pinv_iterations"](weights, table, 2))
+    results.append(FUSED["add_nearby"](query, value, leaf(heads, 65), keep))
     sum(x.float().sum() for x in results).backward()
 
 

@@ -11,6 +11,7 @@ from helpers import mask_of, model_class, no_warnings, random_ids, randomise_, t
 from oracles import random_choice
 from torch.testing import assert_close
 
+from hf_efficient_attn.attention import ATTENTIONS
 from hf_efficient_attn.functional import (
     big_bird_attention,
     block_cpu,
@@ -216,6 +217,26 @@ def test_layers_are_planned_at_once_as_each_on_its_own(keep: torch.Tensor | None
     for layer, plan in zip(layers, together, strict=True):
         alone = layer.plan(keep, 90, CPU)
         assert torch.equal(plan.random_blocks, alone.random_blocks) and torch.equal(plan.lists, alone.lists)
+
+
+@pytest.mark.parametrize("picked", [[0, 2], [2, 1], [1, 0, 2]])
+def test_layers_may_be_picked(picked: list[int]) -> None:
+    """Each keeps the random blocks of its number."""
+    model, ids, mask = build(num_hidden_layers=3), random_ids(2, 90), mask_of([90, 61], 90)
+    model.encoder.layer = torch.nn.ModuleList(model.encoder.layer[i] for i in picked)
+    with torch.no_grad():
+        outputs = model(ids, mask, output_hidden_states=True)
+        states = outputs.hidden_states[0]
+        for layer in model.encoder.layer:
+            states = layer(states, mask.bool())
+    assert_close(outputs.last_hidden_state, states)
+
+
+def test_a_layer_may_have_another_mechanism() -> None:
+    model = build()
+    other = ATTENTIONS["softmax"](model.config, 1).eval()
+    model.encoder.layer[1].attention.self = other
+    assert torch.isfinite(model(random_ids(2, 90)).last_hidden_state).all()
 
 
 def test_extended_form_cuts_off_the_global_tokens_in_front() -> None:

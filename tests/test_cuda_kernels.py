@@ -1,5 +1,7 @@
 """The kernels of a GPU, in Triton's interpreter where there is none: every row of the table that takes one."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,11 @@ from cases import HEADS, ROW_IDS, ROWS, Case, paddings, slots
 from torch import Tensor
 from triton_interpreter import DEVICE
 
-from hf_efficient_attn.cuda import KERNELS, SHARED_MEMORY, have_room
+from hf_efficient_attn.cuda import FUSED, SHARED_MEMORY, have_room
 from hf_efficient_attn.functional import (
     FusedTable,
+    add_nearby,
+    big_bird_attention,
     chunk_attention,
     dense_execution,
     fused,
@@ -56,11 +60,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def counted(name: str) -> Callable[..., Any]:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             names.append(name)
-            return KERNELS[name](*args, **kwargs)
+            return FUSED[name](*args, **kwargs)
 
         return kernel
 
-    table = {name: counted(name) for name in KERNELS}
+    table = {name: counted(name) for name in FUSED}
     monkeypatch.setattr(FusedTable, "source", staticmethod(lambda: table))
     monkeypatch.setattr(FusedTable, "devices", (DEVICE.type,))
     monkeypatch.setattr(FusedTable, "dtypes", (torch.float32,))
@@ -194,6 +198,89 @@ def test_dropout_drops_the_same_in_both_passes(
     assert not torch.equal(attention(query, key, value, 0.5), dropped)
 
 
+def sliced(mask: Tensor) -> Tensor:
+    return torch.cat([mask, ~mask], dim=1)[:, : mask.shape[1]]
+
+
+def transposed(mask: Tensor) -> Tensor:
+    return mask.T.contiguous().T
+
+
+@pytest.mark.parametrize("laid_out", [sliced, transposed])
+def test_masks_may_lie_in_memory_as_they_like(laid_out: Callable[[Tensor], Tensor], used: list[str]) -> None:
+    keep = paddings(2, 40)["left"].to(DEVICE)
+    strange = laid_out(keep)
+    assert torch.equal(strange, keep) and strange.stride() != keep.stride()
+    query, key, value, _ = (x.to(DEVICE, torch.float32) for x in rows_of(2, 40))
+    weight = value[0, :, :7, 0].contiguous()
+    for attend in (
+        lambda mask: sliding_window_attention(query, key, value, mask, radius=5),
+        lambda mask: chunk_attention(query, key, value, mask, buckets=None, exclude_self=False, **CHUNKS),
+        lambda mask: add_nearby(query, value, weight, mask),
+    ):
+        torch.testing.assert_close(attend(strange), attend(keep), rtol=0, atol=0)
+    assert used
+
+
+CHUNKS = {"chunk_length": 8, "chunks_before": 1, "chunks_after": 0, "causal": False, "released": True}
+
+
+@pytest.mark.parametrize("attention", [windows, blocks])
+def test_gradients_of_gradients_are_refused(attention: Callable[..., Tensor], used: list[str]) -> None:
+    rows = [x.requires_grad_() for x in one_head(16)[:3]]
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(attention(*rows, 0.0).sum(), rows, create_graph=True)
+
+
+def test_transforms_of_functions_go_by_torchs_operations(used: list[str]) -> None:
+    query, key, value, _ = one_head(24)
+
+    def total(rows: Tensor) -> Tensor:
+        return sliding_window_attention(rows, key, value, radius=4).square().sum()
+
+    with torch.enable_grad():
+        leaf = query.clone().requires_grad_()
+        right = torch.autograd.grad(total(leaf), leaf)[0]
+    assert used == ["window"]
+    torch.testing.assert_close(torch.func.grad(total)(query), right, rtol=1e-4, atol=1e-5)
+    assert used == ["window"], "no kernel was asked again"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_its_rounding(
+    dtype: torch.dtype, used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedTable, "dtypes", (dtype,))
+    *inputs, weight = (x[:1, :2, :40] for x in rows_of(1, 40))
+    keep = paddings(2, 40)["left"][1:]
+    marked = torch.zeros(1, 40, dtype=torch.bool)
+    marked[:, 30] = True
+    none = torch.zeros(1, 2, 3, 0, dtype=torch.long)
+    for attend in (
+        lambda q, k, v, mask, on: sliding_window_attention(
+            q, k, v, mask, radius=6, global_tokens=select_tokens(marked.to(on), 1)
+        ),
+        lambda q, k, v, mask, on: big_bird_attention(q, k, v, mask, block_size=16, random_blocks=none.to(on)),
+        lambda q, k, v, mask, on: add_nearby(q, v, k[0, :, :7, 0], mask),
+    ):
+        found = []
+        for kind, device in ((torch.float64, torch.device("cpu")), (dtype, DEVICE)):
+            rows = [x.to(device, dtype).to(kind).requires_grad_() for x in inputs]
+            mixed = attend(*rows, keep.to(device), device)
+            grads = torch.autograd.grad((mixed * weight.to(mixed)).sum(), rows, allow_unused=True)
+            found.append([mixed, *(x for x in grads if x is not None)])
+        for right, ours in zip(*found, strict=True):
+            assert (ours.cpu().double() - right).abs().max() <= 3e-2 * right.abs().max()
+    assert set(used) >= {"window", "add_nearby"}
+
+
+def test_any_way_to_a_formula_finds_them() -> None:
+    """The table has its source as soon as it is imported, whatever imports it."""
+    program = "import hf_efficient_attn\nfrom hf_efficient_attn.functional import FusedTable\nprint(FusedTable.source)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "_kernels" in result.stdout
+
+
 def test_small_gpus_have_none() -> None:
     large, small = (SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY + more) for more in (0, -1))
     assert have_room([], True) and have_room([large, large], True)
@@ -228,10 +315,15 @@ def test_what_is_added_atomically_is_not_deterministic(
         torch.testing.assert_close(attention(*rows, 0.0), right, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["hf_efficient_attn::window_forward", "hf_efficient_attn::blocks_forward"])
+@pytest.mark.parametrize(
+    "name",
+    ["hf_efficient_attn::window_forward", "hf_efficient_attn::blocks_forward", "hf_efficient_attn::add_nearby"],
+)
 def test_operators_keep_the_rules_of_torch(name: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, _ = (x.requires_grad_() for x in one_head(16))
-    if name.endswith("window_forward"):
+    if name.endswith("add_nearby"):
+        args = (query, key, torch.randn(1, 3, device=DEVICE).requires_grad_(), None)
+    elif name.endswith("window_forward"):
         args = (query, key, value, *(None,) * 7, 3, 3, False, 0.25, 0.0)
     else:
         lists = torch.tensor([[[[0, 1], [1, -1]]]], device=DEVICE, dtype=torch.int32)

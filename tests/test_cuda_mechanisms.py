@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from triton_interpreter import DEVICE
 
-from hf_efficient_attn.cuda import KERNELS, arithmetic
+from hf_efficient_attn.cuda import FUSED, arithmetic
 from hf_efficient_attn.functional import (
     FusedTable,
     dense_execution,
@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return call
 
-    table = {name: counted(name, kernel) for name, kernel in KERNELS.items()}
+    table = {name: counted(name, kernel) for name, kernel in FUSED.items()}
     monkeypatch.setattr(FusedTable, "source", lambda: table)
     monkeypatch.setattr(FusedTable, "devices", ("cpu", "cuda"))
     monkeypatch.setattr(FusedTable, "dtypes", (torch.float32,))
@@ -153,7 +153,7 @@ def test_what_the_kernels_are_not_for(asked: list[str]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("side", [None, "right", "left"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "size", "width"), [("performer", 256, 64), ("nystrom", 64, 64), ("nystrom", 32, 128)])

@@ -1,9 +1,10 @@
 """BigBird: blocks with a window, global and random blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import (
     BigBirdPlan,
@@ -78,6 +79,19 @@ class BigBirdSelfAttention(SelfAttention):
         options = self.options
         shape = {"num_global": options.num_global_tokens, "global_ends": options.global_ends}
         return {"block_size": options.block_size, **shape}
+
+    @staticmethod
+    def are_alike(layers: Sequence[nn.Module]) -> bool:
+        """Whether they can be planned at once: block sparse, numbered from 0 on, with the same options and heads."""
+        first = layers[0]
+        return all(
+            isinstance(layer, BigBirdSelfAttention)
+            and layer.options is first.options
+            and layer.options.attention_type == "block_sparse"
+            and layer.num_attention_heads == first.num_attention_heads
+            and layer.layer_idx == number
+            for number, layer in enumerate(layers)
+        )
 
     def random_blocks(self, text_blocks: Tensor, rows: int, layers: int | None = None) -> Tensor:
         """This layer's random blocks for examples of `text_blocks` `[batch]` blocks, at most `rows`.

@@ -1,4 +1,4 @@
-"""Kernels of a GPU, written in Triton, as operators of torch. `KERNELS` is what `functional.fused` finds by name."""
+"""Kernels of a GPU, written in Triton, as operators of torch. `FUSED` is what `functional.fused` finds by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def have_room(gpus: list[Any], is_nvidia: bool) -> bool:
     return all(is_nvidia and getattr(gpu, "shared_memory_per_block_optin", 0) >= SHARED_MEMORY for gpu in gpus)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
+FUSED: dict[str, Callable[..., Any]] = {
     "add_nearby": add_nearby,
     "blocks": block_attention,
     "feature_mix": feature_mix,
@@ -34,4 +34,4 @@ KERNELS: dict[str, Callable[..., Any]] = {
 if not have_room(
     [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())], torch.version.hip is None
 ):
-    KERNELS.clear()
+    FUSED.clear()

@@ -1,4 +1,4 @@
-"""What the kernels on features share: products of numbers wider than a tensor core takes, and dropout without a mask.
+"""What kernels share: products of numbers wider than a tensor core takes, and dropout without a mask.
 
 A float32 number is very nearly the sum of two bfloat16 ones, of 8 bits each: `high`, and `low`, which is the rest. A
 product of two such numbers is three products on tensor cores, or two where one factor is bfloat16 to begin with. That

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cpu import first_derivatives
 from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits
 from .operators import operator
 from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
@@ -185,6 +186,7 @@ def blocks_forward(
     if source is not None:
         out.zero_(), lse.zero_()
     lists = lists.contiguous()
+    source, filled = (None if x is None else rows(x) for x in (source, filled))
     _forward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
@@ -225,6 +227,7 @@ def blocks_backward(
     batch, heads, _, width = query.shape
     dq, dk, dv = (empty_like_rows(query, torch.float32).zero_() for _ in range(3))
     lists = lists.contiguous()
+    source, filled = (None if x is None else rows(x) for x in (source, filled))
     _backward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
@@ -246,6 +249,7 @@ def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.save_for_backward(*inputs[:7], *output)
 
 
+@first_derivatives
 def _differentiate(ctx, grad, grad_lse):  # noqa: ANN001, ANN202
     return *blocks_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 10
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .arithmetic import share_out
 from .operators import operator
-from .tiles import HEAD_DIMS, empty_like_rows, flags, load_rows, offsets, precision, rows
+from .tiles import empty_like_rows, flags, load_rows, offsets, precision, rows, takes
 
 
 _TILE, _SPAN = 64, 128  # tokens of results, and those around them that one program sees
@@ -79,7 +79,7 @@ def _kernel_gradients(
 
 def _launch(value: Tensor, weight: Tensor, base: Tensor | None, keep: Tensor | None, flipped: bool) -> Tensor:
     value, weight = rows(value), weight.contiguous()
-    base = None if base is None else rows(base)
+    base, keep = None if base is None else rows(base), None if keep is None else keep.contiguous()
     batch, heads, length, width = value.shape
     out = empty_like_rows(value)
     steps = (value if base is None else base).stride()[:3]
@@ -104,6 +104,7 @@ def _(mixed, value, weight, keep):  # noqa: ANN001, ANN202
 def _gradients_op(grad: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of values and weight."""
     grad, value = rows(grad), rows(value)
+    keep = None if keep is None else keep.contiguous()
     batch, heads, length, width = value.shape
     taps = weight.shape[1]
     value_grad = _launch(grad, weight, None, keep, True)
@@ -140,6 +141,6 @@ def add_nearby(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None
 
     Time O(length * taps), memory O(length).
     """
-    if value.shape[-1] not in HEAD_DIMS or weight.shape[1] > MOST_TAPS:
+    if not takes(mixed, value, value) or weight.dtype != value.dtype or weight.shape[1] > MOST_TAPS:
         return None
     return _add_op(mixed, value, weight, keep)

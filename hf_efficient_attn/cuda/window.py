@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cpu import first_derivatives
 from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits
 from .operators import operator
 from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
@@ -230,12 +231,13 @@ def window_forward(
         causal: a global key counts for no query before it.
     """
     query, key, value = rows(query), rows(key), rows(value)
+    counted, valid = _contiguous(counted, valid)
     batch, heads, length, width = query.shape
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     slots = 0 if global_key is None else global_key.shape[2]
     block_q, block_k, warps, stages = FORWARD
     _forward[(triton.cdiv(length, block_q) * batch * heads,)](
-        query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        query, key, value, *_contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         length, heads, slots, back, ahead, scale * LOG2_E, *drop_limits(dropout_p),
         slots > 0, counted is not None, valid is not None, seed is not None, causal,
@@ -244,7 +246,7 @@ def window_forward(
     return out, lse
 
 
-def _globals(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -276,6 +278,7 @@ def window_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and of global keys and values (with no slots where there are none)."""
     grad, query, key, value = rows(grad), rows(query), rows(key), rows(value)
+    counted, valid = _contiguous(counted, valid)
     batch, heads, length, width = query.shape
     slots = 0 if global_key is None else global_key.shape[2]
     dq, dk, dv = empty_like_rows(query), empty_like_rows(key), empty_like_rows(value)
@@ -286,7 +289,7 @@ def window_backward(
     given = (counted is not None, valid is not None, seed is not None)
     block_q, block_k, warps, stages = QUERIES
     _queries[(triton.cdiv(length, block_q) * batch * heads,)](
-        query, key, value, *_globals(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        query, key, value, *_contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, grad, delta, dq, dgk, dgv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
         *dq.stride()[:3], *shape, slots, *numbers, slots > 0, *given, causal,
@@ -314,6 +317,7 @@ def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.save_for_backward(*tensors, *output)
 
 
+@first_derivatives
 def _differentiate(ctx, grad, grad_lse):  # noqa: ANN001, ANN202
     numbers = (ctx.back, ctx.ahead, ctx.causal, ctx.scale, ctx.dropout_p)
     dq, dk, dv, dgk, dgv = window_backward(grad, *ctx.saved_tensors, *numbers)

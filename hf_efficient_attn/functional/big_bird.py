@@ -1,6 +1,5 @@
 """BigBird: window, global and random blocks, with global blocks inside the text or global tokens before it."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -107,9 +106,9 @@ def big_bird_attention(
     layout, lists = plan.layout, plan.lists
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     options = {"scale": query.shape[-1] ** -0.5 if scale is None else scale, "dropout_p": dropout_p}
-    kernel = fused("blocks", query)
-    on_cpu = kernel is None and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
-    if kernel is None and dense_is_cheaper(query.shape[2], lists.shape[3] * block_size, dropout_p):
+    listed = _fused(query, key, value, layout, lists, **options)
+    on_cpu = listed is None and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
+    if listed is None and dense_is_cheaper(query.shape[2], lists.shape[3] * block_size, dropout_p):
         dtype = torch.promote_types(query.dtype, torch.float32)
         bias = _group_bias(layout, lists, key_padding_mask, global_ends, dtype)
         if on_cpu:
@@ -121,8 +120,7 @@ def big_bird_attention(
     if on_cpu:
         mixed = cpu_block_attention(query, key, value, layout, lists, tokens, **options)
         return zero_padding(mixed, key_padding_mask)
-    listed = None if kernel is None else _fused(kernel, query, key, value, layout, lists, **options)
-    mixed = _gathered(query, key, value, layout, lists, **options) if listed is None else listed[0]
+    mixed = _gathered(query, key, value, layout, lists, **options) if listed is None else listed
     tokens = TokenSlots(*(x.expand(query.shape[0], -1) for x in tokens))
     rows = _global_rows(query, key, value, key_padding_mask, tokens, **options)
     return zero_padding(replace_tokens(mixed, rows, tokens), key_padding_mask)
@@ -249,17 +247,15 @@ def _global_rows(
 
 
 def _fused(
-    kernel: Callable[..., tuple[Tensor, Tensor] | None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout,
-    lists: Tensor,
-    **options: float,
-) -> tuple[Tensor, Tensor] | None:
-    """The blocks of text in one kernel of a GPU; None if it is not for this size."""
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, lists: Tensor, **options: float
+) -> Tensor | None:
+    """The blocks of text in one kernel of a GPU; None where there is none."""
+    kernel = fused("blocks", query)
+    if kernel is None:
+        return None
     tables = (None, None) if layout.is_plain else (layout.source[:, None], layout.used[:, None])
-    return kernel(query, key, value, lists, *tables, size=layout.size, front=layout.global_blocks, **options)
+    found = kernel(query, key, value, lists, *tables, size=layout.size, front=layout.global_blocks, **options)
+    return None if found is None else found[0]
 
 
 def _gathered(

@@ -34,7 +34,7 @@ def add_nearby(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None
     of it kept for the backward pass.
     """
     kernel = fused("add_nearby", value)
-    if kernel is not None and mixed.dtype == value.dtype == weight.dtype:
+    if kernel is not None:
         added = kernel(mixed, value, weight, keep)
         if added is not None:
             return added
@@ -84,6 +84,8 @@ class _Convolution(torch.autograd.Function):
     In the form that `torch.func` takes as well.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, weight: Tensor) -> Tensor:
         with without_autocast(value.device):
@@ -103,6 +105,8 @@ class _Convolution(torch.autograd.Function):
 
 class _KernelGrad(torch.autograd.Function):
     """`[heads, taps]`: what gradients of the convolution make of its kernel."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad: Tensor, value: Tensor, taps: int) -> Tensor:

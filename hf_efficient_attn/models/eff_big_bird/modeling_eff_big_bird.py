@@ -90,7 +90,7 @@ class EffBigBirdModel(EffEncoderModel, EffBigBirdPreTrainedModel):
     ) -> dict[str, Any]:
         """`context` with what all layers attend: to draw blocks for each on its own takes as long as short texts do."""
         layers = self.encoder.attentions()
-        if "documents" in context or layers[0].options.attention_type != "block_sparse":
+        if "documents" in context or not BigBirdSelfAttention.are_alike(layers):
             return context
         plan = layers[0].plan(key_padding_mask, hidden_states.shape[1], hidden_states.device, len(layers))
         return {**context, "block_plans": plan.by_layer(len(layers))}

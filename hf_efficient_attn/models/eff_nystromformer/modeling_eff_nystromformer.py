@@ -48,9 +48,10 @@ class EffNystromformerModel(EffEncoderModel, EffNystromformerPreTrainedModel):
         overwrite: bool = False,
     ) -> Tensor:
         """With the segments of the landmarks, which are those of the tokens in every layer."""
-        if "documents" not in context:
-            segments = self.encoder.attentions()[0].segments(hidden_states, key_padding_mask)
-            context = {**context, "segments": segments}
+        layers = self.encoder.attentions()
+        alike = all(isinstance(x, NystromformerSelfAttention) and x.options is layers[0].options for x in layers)
+        if alike and "documents" not in context:
+            context = {**context, "segments": layers[0].segments(hidden_states, key_padding_mask)}
         return super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
 
 
