@@ -138,6 +138,6 @@ def add_nearby(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None
 
     Time O(length * taps), memory O(length).
     """
-    if not takes(mixed, value, value) or weight.dtype != value.dtype or weight.shape[1] > MOST_TAPS:
+    if not takes(mixed, value) or weight.dtype != value.dtype or weight.shape[1] > MOST_TAPS:
         return None
     return _add_op(mixed, value, weight, keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .arithmetic import block_of, share_out
 from .operators import operator
-from .tiles import empty_like_rows, load_rows, offsets, places, rows
+from .tiles import empty_like_rows, load_rows, offsets, places, rows, takes
 
 
 _TILE = 64
@@ -112,15 +112,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _means_op.register_autograd(_backward, setup_context=_keep)
 
 
-def segment_means(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
+def segment_means(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor | None:
     """The mean of each segment's tokens, in float32 `[batch, heads, landmarks, head_dim]`.
 
+    None for heads that there is no kernel for.
+
     Args:
-        tensor: `[batch, heads, length, head_dim]`, head_dim a power of two from 16 to 128.
+        tensor: `[batch, heads, length, head_dim]`.
         segment: `[batch or 1, length]` int64, the segment of each token; at padding, which is not read, as many as
             there are segments.
         sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least.
 
     Time O(length * landmarks * head_dim), memory O(landmarks * head_dim).
     """
-    return _means_op(tensor, segment, sizes)
+    return _means_op(tensor, segment, sizes) if takes(tensor) else None

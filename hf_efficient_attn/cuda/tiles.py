@@ -33,9 +33,9 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**31 - 1, (1,), device=device) if dropout_p > 0.0 else None
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether the kernels are for heads of this size, all of one dtype."""
-    return query.shape[-1] in HEAD_DIMS and query.dtype == key.dtype == value.dtype
+    return first.shape[-1] in HEAD_DIMS and all(x.dtype == first.dtype for x in others)
 
 
 def precision(tensor: Tensor) -> str:
