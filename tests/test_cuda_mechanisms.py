@@ -24,14 +24,15 @@ HEADS, WIDTH = 2, 16
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Kernels for float32 also on a CPU, and the names of those that were called."""
+    """Kernels for float32 also on a CPU, and the names of those that gave something."""
     names: list[str] = []
 
     def counted(name: str, kernel: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            if not torch.compiler.is_compiling():
+            result = kernel(*args, **kwargs)
+            if result is not None and not torch.compiler.is_compiling():
                 names.append(name)
-            return kernel(*args, **kwargs)
+            return result
 
         return call
 
@@ -149,6 +150,7 @@ def test_what_the_kernels_are_not_for(asked: list[str]) -> None:
     nystrom_attention(query, key, value, num_landmarks=4, pinv_iterations=None, scale_per_matrix=True)
     thin = [x[..., :8] for x in (query, key, value)]
     performer_attention(*thin, projection=projection(8, 8).float())
+    nystrom_attention(*thin, num_landmarks=4, pinv_iterations=6, scale_per_matrix=True)
     assert not asked
 
 

@@ -1,4 +1,4 @@
-"""What kernels share: products of numbers wider than a tensor core takes, and dropout without a mask.
+"""What kernels share: products of numbers wider than a tensor core takes, softmax, and dropout without a mask.
 
 A float32 number is very nearly the sum of two bfloat16 ones, of 8 bits each: `high`, and `low`, which is the rest. A
 product of two such numbers is three products on tensor cores, or two where one factor is bfloat16 to begin with. That
@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-LOG2_E = 1.4426950408889634
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+_LOG2_E = tl.constexpr(LOG2_E)  # for kernels
 
 # Programs a launch should have where the tokens are long enough: a few for each multiprocessor of any GPU.
 PROGRAMS = 2048
@@ -41,6 +42,38 @@ def product(a, a_low, b, b_low, total, A_PARTS: tl.constexpr, B_PARTS: tl.conste
 
 
 @triton.jit
+def pairwise(a, a_low, b, b_low, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """`a b^T` of split matrices: the product of every row of `a` with every row of `b`."""
+    zeros = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    return product(a, a_low, tl.trans(b), tl.trans(b_low), zeros, A_PARTS, B_PARTS)
+
+
+@triton.jit
+def rowwise(a, b):
+    """The product of each row of `a` with the same row of `b`, in float32."""
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
+
+
+@triton.jit
+def to_base_2(logarithm):
+    """Of a natural logarithm."""
+    return logarithm * _LOG2_E
+
+
+@triton.jit
+def softmax_step(scores, allowed, top, total):
+    """Goes on with the softmax of rows, in exponents of 2, where `top` is their largest so far and `total` their sum.
+
+    Returns what these scores weigh, what earlier ones weigh now as against before, and the new `top` and `total`.
+    """
+    scores = tl.where(allowed, scores, -1e30)
+    higher = tl.maximum(top, tl.max(scores, 1))
+    probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
+    shrink = tl.exp2(top - higher)
+    return probs, shrink, higher, total * shrink + tl.sum(probs, 1)
+
+
+@triton.jit
 def mixed(number):
     """A hash of 32-bit numbers that is one to one, the mixing of `functional.counter_random`."""
     number = (number ^ (number >> 16)) * 0x21F0AAAD
@@ -55,9 +88,15 @@ def draw_key(seed, group):
 
 
 @triton.jit
-def draw_lines(key, places, SALT: tl.constexpr):
-    """One hash for each row, or with another `SALT` each column, of a matrix of draws."""
-    return mixed((key ^ SALT) + places.to(tl.uint32) * 0x1E3779B9)
+def row_draws(key, row):
+    """One hash for each row of a matrix of draws: `key` is from `draw_key`."""
+    return mixed(key + row.to(tl.uint32) * 0x1E3779B9)
+
+
+@triton.jit
+def column_draws(key, column):
+    """One hash for each column of a matrix of draws, other than those of rows."""
+    return mixed((key ^ 0x2545F491) + column.to(tl.uint32) * 0x1E3779B9)
 
 
 @triton.jit
@@ -68,6 +107,18 @@ def draws(lines):
     return (number >> 8).to(tl.int32)
 
 
+@triton.jit
+def kept(lines, across, first):
+    """Which entries of a matrix dropout leaves: of hashes down and across, and the first draw of `drop_limits`."""
+    return draws(lines[:, None] ^ across[None, :]) >= first
+
+
+@triton.jit
+def whole_factors(lines, first, factor):
+    """The factors of dropout that takes a row as a whole or leaves it."""
+    return tl.where(draws(lines) >= first, factor, 0.0)
+
+
 def drop_limits(dropout_p: float) -> tuple[int, float]:
     """The first draw that is kept, and the factor of what is kept."""
     return round(dropout_p * 2**24), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
@@ -76,6 +127,16 @@ def drop_limits(dropout_p: float) -> tuple[int, float]:
 def parts_of(dtype: torch.dtype) -> int:
     """How many bfloat16 parts numbers of a dtype have."""
     return 1 if dtype == torch.bfloat16 else 2
+
+
+def split_options(tensor: Tensor, weights: Tensor, precise: bool) -> dict[str, int]:
+    """What kernels have to know of products of `tensor` and `weights` `[..., features, head_dim]` while they compile.
+
+    That is the sizes, and the parts of the numbers: of each, and of what comes of them, 2 where that is `precise`.
+    """
+    inputs = parts_of(tensor.dtype)
+    parts = {"INPUT_PARTS": inputs, "WEIGHT_PARTS": parts_of(weights.dtype), "PARTS": 2 if precise else inputs}
+    return {"WIDTH": weights.shape[-1], "BLOCK": block_of(weights.shape[-2]), **parts}
 
 
 def split_tensor(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import LOG2_E, draw_key, draw_lines, drop_limits
+from .arithmetic import (
+    LN_2,
+    LOG2_E,
+    column_draws,
+    draw_key,
+    drop_limits,
+    kept,
+    row_draws,
+    rowwise,
+    softmax_step,
+    to_base_2,
+)
 from .operators import operator
-from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
+from .tiles import dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
 _WARPS, _STAGES = 4, 2
@@ -54,8 +65,7 @@ def _forward(
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = places(blocks, heads)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     first, filled = example * s_b + head * s_h, example * f_b + head * f_h
     row, row_is_there = _tokens(SOURCE, FILLED, first, filled, block + front, length, SIZE, TILE, HAS_SOURCE)
@@ -65,27 +75,24 @@ def _forward(
     mixed = tl.zeros([TILE, WIDTH], tl.float32)
     if DROPOUT:
         draw = draw_key(SEED, pair)
-        row_lines = draw_lines(draw, row, 1)[:, None]
+        row_lines = row_draws(draw, row)
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
         near = tl.load(entries + number)
         column, there = _tokens(SOURCE, FILLED, first, filled, near, length, SIZE, TILE, HAS_SOURCE)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
         scores, allowed = _scores(q, k, row, column, there, scale, CAUSAL, PENALTY, PRECISION)
-        scores = tl.where(allowed, scores, -1e30)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total, top = total * shrink + tl.sum(probs, 1), higher
+        probs, shrink, top, total = softmax_step(scores, allowed, top, total)
         if DROPOUT:
-            probs = tl.where(kept(row_lines, draw, column + number * length, threshold), probs * factor, 0.0)
+            keep = kept(row_lines, column_draws(draw, column + number * length), threshold)
+            probs = tl.where(keep, probs * factor, 0.0)
         mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = mixed / some[:, None]
     target = OUT + example * o_b + head * o_h + offsets(row, o_n, WIDTH)
     tl.store(target, mixed.to(OUT.dtype.element_ty), mask=row_is_there[:, None])
     lse = tl.where(total > 0.0, top + tl.log2(some), 0.0)
-    tl.store(LSE + pair.to(tl.int64) * length + row, lse, mask=row_is_there)
+    tl.store(LSE + pair * length + row, lse, mask=row_is_there)
 
 
 @triton.jit
@@ -97,8 +104,7 @@ def _backward(
     HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = places(blocks, heads)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     DK, DV = DK + example * d_b + head * d_h, DV + example * d_b + head * d_h
     first, filled = example * s_b + head * s_h, example * f_b + head * f_h
@@ -106,14 +112,14 @@ def _backward(
     q = load_rows(Q + example * q_b + head * q_h, row, row_is_there, q_n, WIDTH)
     grad = load_rows(GRAD + example * g_b + head * g_h, row, row_is_there, g_n, WIDTH)
     result = load_rows(OUT + example * o_b + head * o_h, row, row_is_there, o_n, WIDTH)
-    lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
+    lse = tl.load(LSE + pair * length + row, mask=row_is_there, other=0.0)
     # A row's logarithm of its sum has a gradient of its own where several rounds are weighed by it.
-    glse = tl.load(GLSE + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1) - glse * 1.4426950408889634
+    glse = tl.load(GLSE + pair * length + row, mask=row_is_there, other=0.0)
+    delta = rowwise(grad, result) - to_base_2(glse)
     dq = tl.zeros([TILE, WIDTH], tl.float32)
     if DROPOUT:
         draw = draw_key(SEED, pair)
-        row_lines = draw_lines(draw, row, 1)[:, None]
+        row_lines = row_draws(draw, row)
     entries = LISTS + example * l_b + head * l_h + block * width
     for number in range(0, width):
         near = tl.load(entries + number)
@@ -125,7 +131,7 @@ def _backward(
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         spread = probs
         if DROPOUT:
-            keep = kept(row_lines, draw, column + number * length, threshold)
+            keep = kept(row_lines, column_draws(draw, column + number * length), threshold)
             dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
         dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
@@ -284,4 +290,4 @@ def block_attention(
     tables = (lists.to(torch.int32), None if source is None else source.to(torch.int32), filled, seed)
     shape = (size, front, causal, exclude_self, scale, dropout_p)
     out, lse = blocks_forward(query, key, value, *tables, *shape)
-    return out, lse * 0.6931471805599453
+    return out, lse * LN_2

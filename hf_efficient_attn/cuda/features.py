@@ -15,7 +15,7 @@ from .features_forward import mix_for_queries, sum_over_keys
 from .mix_backward import mix_gradients
 from .operators import operator
 from .sums_backward import sum_gradients
-from .tiles import dropout_seed, empty_like_rows
+from .tiles import dropout_seed, empty_like_rows, takes
 
 
 @operator("feature_sums")
@@ -115,14 +115,14 @@ def feature_sums(
     whole_keys: bool = False,
     seed: Tensor | None = None,
     precise: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Sums over the keys that count: of values times features, and of features.
 
     A feature of a key is `exp(root w key - root^2 |key|^2 / 2 - top)`, without the second term unless `half_norm`;
     `top` is the largest logarithm of that feature in its head, 0 where no key counts, and a constant to gradients.
 
     Args:
-        key, value: `[batch, heads, length, head_dim]`, of one dtype, head_dim a power of two from 16 to 128.
+        key, value: `[batch, heads, length, head_dim]`, of one dtype.
         weights: `[features, head_dim]`, or for each head `[batch, heads, features, head_dim]`.
         key_padding_mask: `[batch, length]` bool, True = counts. What stands elsewhere is not read.
         dropout_p: dropout of the features in the first sums, not in the second.
@@ -131,11 +131,14 @@ def feature_sums(
         precise: products with features to 16 bits also in bfloat16, which itself has 8.
 
     Returns:
-        In float32 `[batch, heads, features, head_dim]`, `[batch, heads, features]` and `top`, likewise.
+        In float32 `[batch, heads, features, head_dim]`, `[batch, heads, features]` and `top`, likewise. None for heads
+        that there is no kernel for.
 
     Choromanski et al. 2020, arXiv 2009.14794, and Xiong et al. 2021, arXiv 2102.03902, with the running maximum of
     Dao et al. 2022, arXiv 2205.14135. Time O(length * features * head_dim), memory O(features * head_dim).
     """
+    if not takes(key, value):
+        return None
     seed = dropout_seed(dropout_p, key.device) if seed is None else seed
     return _sums_op(key, value, weights, key_padding_mask, seed, root, half_norm, dropout_p, whole_keys, precise)
 
@@ -152,11 +155,11 @@ def feature_mix(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     precise: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """`sum_f p_f table_f / sum_f p_f normaliser_f` for each query, with `p_f = exp(root w_f query + bias_f)`.
 
     Args:
-        query: `[batch, heads, length, head_dim]`, head_dim a power of two from 16 to 128.
+        query: `[batch, heads, length, head_dim]`.
         weights: `[features, head_dim]`, or for each head `[batch, heads, features, head_dim]`.
         table: `[batch, heads, features, head_dim]`, float32.
         normalisers: `[batch, heads, features]`, float32, 0 or more.
@@ -165,9 +168,11 @@ def feature_mix(
         dropout_p, seed, precise: as in `feature_sums`, for the `p_f` of the numerator.
 
     Returns:
-        As `query`; 0 where the denominator is.
+        As `query`; 0 where the denominator is. None for heads that there is no kernel for.
 
     References as of `feature_sums`. Time O(length * features * head_dim), memory O(length).
     """
+    if not takes(query):
+        return None
     seed = dropout_seed(dropout_p, query.device) if seed is None else seed
     return _mix_op(query, weights, table, normalisers, bias, query_padding_mask, seed, root, dropout_p, precise)[0]

@@ -11,6 +11,9 @@ from ..cpu import first_derivatives
 from .operators import operator
 
 
+SIZES = (16, 32, 64)
+"""Rows of matrices that the kernels are for."""
+
 # As exact as float32 needs, on tensor cores.
 _PRECISION = tl.constexpr("tf32x3")
 
@@ -109,16 +112,16 @@ def _backward(ctx: Any, above: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 _inverse_op.register_autograd(_backward, setup_context=_keep)
 
 
-def pinv_iterations(matrix: Tensor, start: Tensor, iterations: int) -> Tensor:
+def pinv_iterations(matrix: Tensor, start: Tensor, iterations: int) -> Tensor | None:
     """`Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4`, so many times from `start`.
 
     Args:
-        matrix: A, float32 `[..., landmarks, landmarks]`, of 16, 32 or 64 landmarks.
+        matrix: A, float32 `[..., landmarks, landmarks]`.
         start: the first Z, likewise.
 
     Returns:
-        As `matrix`.
+        As `matrix`; None for so many landmarks as there is no kernel for.
 
     See `functional.nystrom.iterative_pinv`. Time O(iterations * landmarks^3) a matrix, each iterate kept for backward.
     """
-    return _inverse_op(matrix, start, iterations)[0]
+    return _inverse_op(matrix, start, iterations)[0] if matrix.shape[-1] in SIZES else None

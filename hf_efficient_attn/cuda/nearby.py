@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .arithmetic import share_out
 from .operators import operator
-from .tiles import empty_like_rows, flags, load_rows, offsets, precision, rows, takes
+from .tiles import empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
 _TILE, _SPAN = 64, 128  # tokens of results, and those around them that one program sees
@@ -36,10 +36,8 @@ def _convolve(
     HAS_BASE: tl.constexpr, HAS_KEEP: tl.constexpr, FLIPPED: tl.constexpr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(length, TILE)
-    pair, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    flag = example * length
+    tile, pair, example, head = places(tl.cdiv(length, TILE), heads)
+    first, flag = tile * TILE, example * length
     start = first - taps // 2
     near = _window(VALUE + example * v_b + head * v_h, KEEP, flag, start, v_n, length, SPAN, HAS_KEEP, WIDTH)
     tap = tl.arange(0, SPAN)[None, :] - tl.arange(0, TILE)[:, None]
@@ -64,8 +62,7 @@ def _kernel_gradients(
     WIDTH: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of tokens the gradient of the whole band; only its diagonals count."""
-    chunk, pair = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    chunk, pair, example, head = places(chunks, heads)
     GRAD, VALUE = GRAD + example * g_b + head * g_h, VALUE + example * v_b + head * v_h
     flag = example * length
     band = tl.zeros([TILE, SPAN], tl.float32)
@@ -73,7 +70,7 @@ def _kernel_gradients(
         grad = _window(GRAD, KEEP, flag, first, g_n, length, TILE, HAS_KEEP, WIDTH)
         near = _window(VALUE, KEEP, flag, first - taps // 2, v_n, length, SPAN, HAS_KEEP, WIDTH)
         band = tl.dot(grad, tl.trans(near), band, input_precision=PRECISION)
-    place = (pair.to(tl.int64) * chunks + chunk) * TILE + tl.arange(0, TILE)
+    place = (pair * chunks + chunk) * TILE + tl.arange(0, TILE)
     tl.store(PARTS + place[:, None] * SPAN + tl.arange(0, SPAN)[None, :], band)
 
 
@@ -141,6 +138,6 @@ def add_nearby(mixed: Tensor, value: Tensor, weight: Tensor, keep: Tensor | None
 
     Time O(length * taps), memory O(length).
     """
-    if not takes(mixed, value, value) or weight.dtype != value.dtype or weight.shape[1] > MOST_TAPS:
+    if not takes(mixed, value) or weight.dtype != value.dtype or weight.shape[1] > MOST_TAPS:
         return None
     return _add_op(mixed, value, weight, keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .arithmetic import block_of, share_out
 from .operators import operator
-from .tiles import empty_like_rows, rows
+from .tiles import empty_like_rows, load_rows, offsets, places, rows, takes
 
 
 _TILE = 64
@@ -18,33 +18,16 @@ _TILE = 64
 
 @triton.jit
 def _segment_kernel(
-    tensor,
-    segment,
-    sums,
-    tensor_batch,
-    tensor_head,
-    tensor_token,
-    segment_batch,
-    heads,
-    length,
-    landmarks,
-    chunks,
-    chunk_size,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IS_HALF: tl.constexpr,
-):
+    tensor, segment, sums,
+    tensor_batch, tensor_head, tensor_token, segment_batch,
+    heads, length, landmarks, chunks, chunk_size,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, IS_HALF: tl.constexpr,
+):  # fmt: skip
     """Sums over one chunk of the tokens of one head, for one block of segments."""
     blocks = tl.cdiv(landmarks, BLOCK)
-    program = tl.program_id(0)
-    block = program % blocks
-    chunk = (program // blocks) % chunks
-    group = (program // blocks) // chunks
-    batch = (group // heads).to(tl.int64)
-    head = group % heads
+    part, group, batch, head = places(chunks * blocks, heads)
+    chunk, block = part // blocks, part % blocks
     s = block * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, WIDTH)
     base = tensor + batch * tensor_batch + head * tensor_head
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     start = chunk * chunk_size
@@ -52,15 +35,15 @@ def _segment_kernel(
         t = begin + tl.arange(0, TILE)
         own = tl.load(segment + batch * segment_batch + t, mask=t < length, other=landmarks).to(tl.int32)
         there = own < landmarks
-        x = tl.load(base + t.to(tl.int64)[:, None] * tensor_token + c[None, :], mask=there[:, None], other=0.0)
+        x = load_rows(base, t, there, tensor_token, WIDTH)
         member = s[:, None] == own[None, :]
         # Products with 0 and 1 are exact, in half precision as well.
         if IS_HALF:
             acc = tl.dot(member.to(tl.float32).to(x.dtype), x, acc)
         else:
             acc = tl.dot(member.to(tl.float32), x, acc, input_precision="ieee")
-    row = (group.to(tl.int64) * chunks + chunk) * landmarks + s
-    tl.store(sums + row[:, None] * WIDTH + c[None, :], acc, mask=(s < landmarks)[:, None])
+    row = (group * chunks + chunk) * landmarks + s
+    tl.store(sums + offsets(row, WIDTH, WIDTH), acc, mask=(s < landmarks)[:, None])
 
 
 @operator("segment_means")
@@ -129,15 +112,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _means_op.register_autograd(_backward, setup_context=_keep)
 
 
-def segment_means(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
+def segment_means(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor | None:
     """The mean of each segment's tokens, in float32 `[batch, heads, landmarks, head_dim]`.
 
+    None for heads that there is no kernel for.
+
     Args:
-        tensor: `[batch, heads, length, head_dim]`, head_dim a power of two from 16 to 128.
+        tensor: `[batch, heads, length, head_dim]`.
         segment: `[batch or 1, length]` int64, the segment of each token; at padding, which is not read, as many as
             there are segments.
         sizes: `[batch or 1, landmarks, 1]`, the tokens of each segment, 1 at least.
 
     Time O(length * landmarks * head_dim), memory O(landmarks * head_dim).
     """
-    return _means_op(tensor, segment, sizes)
+    return _means_op(tensor, segment, sizes) if takes(tensor) else None

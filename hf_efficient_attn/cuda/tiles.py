@@ -1,11 +1,11 @@
-"""What kernels share: which tensors they take, how they read rows, and memory for results."""
+"""What kernels share: which tensors they take, who does what, how they read rows, and memory for results."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import draw_lines, draws
+from .arithmetic import to_base_2
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -15,6 +15,11 @@ HEAD_DIMS = (16, 32, 64, 128)
 def rows(tensor: Tensor) -> Tensor:
     """`tensor` itself if the numbers of a row lie side by side, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each of them contiguous, or None where it is."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def empty_like_rows(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,14 +33,25 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**31 - 1, (1,), device=device) if dropout_p > 0.0 else None
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether the kernels are for heads of this size, all of one dtype."""
-    return query.shape[-1] in HEAD_DIMS and query.dtype == key.dtype == value.dtype
+    return first.shape[-1] in HEAD_DIMS and all(x.dtype == first.dtype for x in others)
 
 
 def precision(tensor: Tensor) -> str:
     """Of products: half precision has but one; of float32 all digits count."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def places(parts, heads):
+    """Which part this program does, of so many in each head, and of which head: counted through, its example, in there.
+
+    All but the part have 64 bits: what they are multiplied with can come to over 2^31.
+    """
+    program = tl.program_id(0)
+    pair = program // parts
+    return program % parts, pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
 
 
 @triton.jit
@@ -51,14 +67,28 @@ def load_rows(base, row, mask, step, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_split(high, low, row, mask, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of what `split_tensor` gave, 0 where not `mask`; with one part alone the second is not to be used."""
+    found = load_rows(high, row, mask, WIDTH, WIDTH)
+    found_low = found
+    if PARTS == 2:
+        found_low = load_rows(low, row, mask, WIDTH, WIDTH)
+    return found, found_low
+
+
+@triton.jit
+def load_biases(bias, row, mask, HAS_BIAS: tl.constexpr):
+    """What adds to logarithms of base 2: natural ones from a table, or 0 if there is none; -inf where not `mask`."""
+    if HAS_BIAS:
+        found = to_base_2(tl.load(bias + row, mask=mask, other=float("-inf")))
+    else:
+        found = tl.where(mask, 0.0, float("-inf"))
+    return found
+
+
+@triton.jit
 def flags(mask, table, first, number, HAS: tl.constexpr):
     """`mask`, and besides what stands in a table of flags if there is one."""
     if HAS:
         mask = mask & (tl.load(table + first + number, mask=mask, other=0) != 0)
     return mask
-
-
-@triton.jit
-def kept(row_lines, draw, column, first):
-    """Which entries of a matrix dropout leaves: of `draw_lines` of its rows, `[rows, 1]`, and the columns' numbers."""
-    return draws(row_lines ^ draw_lines(draw, column, 2)[None, :]) >= first

@@ -11,14 +11,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import LOG2_E, draw_key, draw_lines, draws, drop_limits
+from .arithmetic import LOG2_E, column_draws, draw_key, drop_limits, kept, row_draws, rowwise, softmax_step
 from .operators import operator
-from .tiles import dropout_seed, empty_like_rows, flags, kept, load_rows, offsets, precision, rows, takes
+from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
 # Queries, keys, warps and stages of a program.
 FORWARD, QUERIES, KEYS = (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)
 _GLOBAL = 16  # global keys at a time
+
+
+@triton.jit
+def _in_window(row, column, back, ahead):
+    """Which keys are near enough to which queries."""
+    distance = column - row
+    return (distance >= -back) & (distance <= ahead)
+
+
+@triton.jit
+def _before(row, INDEX, place, there, CAUSAL: tl.constexpr):
+    """Which global keys are there for which queries: if `CAUSAL` those that do not stand after it."""
+    allowed = there[None, :] & (row[:, None] >= 0)
+    if CAUSAL:
+        index = tl.load(INDEX + place, mask=there, other=0)
+        allowed = allowed & (index[None, :] <= row[:, None])
+    return allowed
 
 
 @triton.jit
@@ -30,9 +47,7 @@ def _forward(
     CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(length, BQ)
-    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = places(tl.cdiv(length, BQ), heads)
     Q, K, V = Q + example * q_b + head * q_h, K + example * k_b + head * k_h, V + example * v_b + head * v_h
     row = block * BQ + tl.arange(0, BQ)
     row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
@@ -42,46 +57,36 @@ def _forward(
     mixed = tl.zeros([BQ, WIDTH], tl.float32)
     if DROPOUT:
         draw = draw_key(SEED, pair)
-        row_lines = draw_lines(draw, row, 1)[:, None]
+        row_lines = row_draws(draw, row)
     first = tl.maximum(block * BQ - back, 0) // BK * BK
     last = tl.minimum(block * BQ + BQ + ahead, length)
     for start in range(first, last, BK):
         column = start + tl.arange(0, BK)
         there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
-        distance = column[None, :] - row[:, None]
-        allowed = (distance >= -back) & (distance <= ahead) & there[None, :]
-        scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total, top = total * shrink + tl.sum(probs, 1), higher
+        allowed = _in_window(row[:, None], column[None, :], back, ahead) & there[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        probs, shrink, top, total = softmax_step(scores, allowed, top, total)
         if DROPOUT:
-            probs = tl.where(kept(row_lines, draw, column, threshold), probs * factor, 0.0)
+            probs = tl.where(kept(row_lines, column_draws(draw, column), threshold), probs * factor, 0.0)
         mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     if HAS_GLOBAL:
         for start in range(0, slots, BG):
             slot = start + tl.arange(0, BG)
             there = flags(slot < slots, GVALID, example * slots, slot, True)
-            k = load_rows(GK + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
-            v = load_rows(GV + pair.to(tl.int64) * slots * WIDTH, slot, there, WIDTH, WIDTH)
-            allowed = there[None, :] & (row[:, None] >= 0)
-            if CAUSAL:
-                index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
-                allowed = allowed & (index[None, :] <= row[:, None])
-            scores = tl.where(allowed, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
-            higher = tl.maximum(top, tl.max(scores, 1))
-            probs = tl.where(allowed, tl.exp2(scores - higher[:, None]), 0.0)
-            shrink = tl.exp2(top - higher)
-            total, top = total * shrink + tl.sum(probs, 1), higher
+            k = load_rows(GK, pair * slots + slot, there, WIDTH, WIDTH)
+            v = load_rows(GV, pair * slots + slot, there, WIDTH, WIDTH)
+            allowed = _before(row, GINDEX, example * slots + slot, there, CAUSAL)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            probs, shrink, top, total = softmax_step(scores, allowed, top, total)
             if DROPOUT:
-                probs = tl.where(kept(row_lines, draw, length + slot, threshold), probs * factor, 0.0)
+                probs = tl.where(kept(row_lines, column_draws(draw, length + slot), threshold), probs * factor, 0.0)
             mixed = tl.dot(probs.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     some = tl.where(total > 0.0, total, 1.0)
     mixed = tl.where(row_is_there[:, None], mixed / some[:, None], 0.0)
     target = OUT + example * o_b + head * o_h + offsets(row, o_n, WIDTH)
     tl.store(target, mixed.to(OUT.dtype.element_ty), mask=(row < length)[:, None])
-    tl.store(LSE + pair.to(tl.int64) * length + row, tl.where(total > 0.0, top + tl.log2(some), 0.0), mask=row < length)
+    tl.store(LSE + pair * length + row, tl.where(total > 0.0, top + tl.log2(some), 0.0), mask=row < length)
 
 
 @triton.jit
@@ -94,60 +99,53 @@ def _queries(
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and global keys, and each row's sum of gradient times result."""
-    blocks = tl.cdiv(length, BQ)
-    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = places(tl.cdiv(length, BQ), heads)
     K, V = K + example * k_b + head * k_h, V + example * v_b + head * v_h
     row = block * BQ + tl.arange(0, BQ)
     row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
     q = load_rows(Q + example * q_b + head * q_h, row, row_is_there, q_n, WIDTH)
     grad = load_rows(GRAD + example * g_b + head * g_h, row, row_is_there, g_n, WIDTH)
     result = load_rows(OUT + example * o_b + head * o_h, row, row_is_there, o_n, WIDTH)
-    delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-    lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row < length, other=0.0)
-    tl.store(DELTA + pair.to(tl.int64) * length + row, delta, mask=row < length)
+    delta = rowwise(grad, result)
+    lse = tl.load(LSE + pair * length + row, mask=row < length, other=0.0)
+    tl.store(DELTA + pair * length + row, delta, mask=row < length)
     dq = tl.zeros([BQ, WIDTH], tl.float32)
     if DROPOUT:
         draw = draw_key(SEED, pair)
-        row_lines = draw_lines(draw, row, 1)[:, None]
+        row_lines = row_draws(draw, row)
     first = tl.maximum(block * BQ - back, 0) // BK * BK
     last = tl.minimum(block * BQ + BQ + ahead, length)
     for start in range(first, last, BK):
         column = start + tl.arange(0, BK)
         there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
-        distance = column[None, :] - row[:, None]
-        allowed = (distance >= -back) & (distance <= ahead) & there[None, :]
+        allowed = _in_window(row[:, None], column[None, :], back, ahead) & there[None, :]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            dprobs = tl.where(kept(row_lines, draw, column, threshold), dprobs * factor, 0.0)
+            dprobs = tl.where(kept(row_lines, column_draws(draw, column), threshold), dprobs * factor, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     if HAS_GLOBAL:
         for start in range(0, slots, BG):
             slot = start + tl.arange(0, BG)
             there = flags(slot < slots, GVALID, example * slots, slot, True)
-            first_row = pair.to(tl.int64) * slots * WIDTH
-            k = load_rows(GK + first_row, slot, there, WIDTH, WIDTH)
-            v = load_rows(GV + first_row, slot, there, WIDTH, WIDTH)
-            allowed = there[None, :] & row_is_there[:, None]
-            if CAUSAL:
-                index = tl.load(GINDEX + example * slots + slot, mask=there, other=0)
-                allowed = allowed & (index[None, :] <= row[:, None])
+            k = load_rows(GK, pair * slots + slot, there, WIDTH, WIDTH)
+            v = load_rows(GV, pair * slots + slot, there, WIDTH, WIDTH)
+            allowed = _before(row, GINDEX, example * slots + slot, there, CAUSAL) & row_is_there[:, None]
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
             dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             spread = probs
             if DROPOUT:
-                keep = kept(row_lines, draw, length + slot, threshold)
+                keep = kept(row_lines, column_draws(draw, length + slot), threshold)
                 dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
             dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
             dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
             dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * plain_scale
             dv = tl.dot(tl.trans(spread.to(grad.dtype)), grad, input_precision=PRECISION)
-            place = first_row + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            place = offsets(pair * slots + slot, WIDTH, WIDTH)
             tl.atomic_add(DGK + place, dk, mask=there[:, None])
             tl.atomic_add(DGV + place, dv, mask=there[:, None])
     target = DQ + example * d_b + head * d_h + offsets(row, d_n, WIDTH)
@@ -163,9 +161,7 @@ def _keys(
     WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values in windows. Matrices are transposed: keys by queries."""
-    blocks = tl.cdiv(length, BK)
-    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = places(tl.cdiv(length, BK), heads)
     Q, GRAD = Q + example * q_b + head * q_h, GRAD + example * g_b + head * g_h
     column = block * BK + tl.arange(0, BK)
     there = flags(column < length, COUNTED, example * length, column, HAS_COUNTED)
@@ -174,23 +170,22 @@ def _keys(
     dk, dv = tl.zeros([BK, WIDTH], tl.float32), tl.zeros([BK, WIDTH], tl.float32)
     if DROPOUT:
         draw = draw_key(SEED, pair)
-        column_lines = draw_lines(draw, column, 2)[:, None]
+        column_lines = column_draws(draw, column)
     first = tl.maximum(block * BK - ahead, 0) // BQ * BQ
     last = tl.minimum(block * BK + BK + back, length)
     for start in range(first, last, BQ):
         row = start + tl.arange(0, BQ)
         row_is_there = flags(row < length, VALID, example * length, row, HAS_VALID)
         q, grad = load_rows(Q, row, row_is_there, q_n, WIDTH), load_rows(GRAD, row, row_is_there, g_n, WIDTH)
-        lse = tl.load(LSE + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
-        delta = tl.load(DELTA + pair.to(tl.int64) * length + row, mask=row_is_there, other=0.0)
-        distance = column[:, None] - row[None, :]
-        allowed = (distance >= -back) & (distance <= ahead) & there[:, None] & row_is_there[None, :]
+        lse = tl.load(LSE + pair * length + row, mask=row_is_there, other=0.0)
+        delta = tl.load(DELTA + pair * length + row, mask=row_is_there, other=0.0)
+        allowed = _in_window(row[None, :], column[:, None], back, ahead) & there[:, None] & row_is_there[None, :]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         probs = tl.where(allowed, tl.exp2(scores - lse[None, :]), 0.0)
         dprobs = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         spread = probs
         if DROPOUT:
-            keep = draws(draw_lines(draw, row, 1)[None, :] ^ column_lines) >= threshold
+            keep = kept(column_lines, row_draws(draw, row), threshold)
             dprobs, spread = tl.where(keep, dprobs * factor, 0.0), tl.where(keep, probs * factor, 0.0)
         dv = tl.dot(spread.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dscores = probs * (dprobs - delta[None, :])
@@ -231,23 +226,19 @@ def window_forward(
         causal: a global key counts for no query before it.
     """
     query, key, value = rows(query), rows(key), rows(value)
-    counted, valid = _contiguous(counted, valid)
+    counted, valid = contiguous(counted, valid)
     batch, heads, length, width = query.shape
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     slots = 0 if global_key is None else global_key.shape[2]
     block_q, block_k, warps, stages = FORWARD
     _forward[(triton.cdiv(length, block_q) * batch * heads,)](
-        query, key, value, *_contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        query, key, value, *contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         length, heads, slots, back, ahead, scale * LOG2_E, *drop_limits(dropout_p),
         slots > 0, counted is not None, valid is not None, seed is not None, causal,
         width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
 
 
 @window_forward.register_fake
@@ -278,7 +269,7 @@ def window_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and of global keys and values (with no slots where there are none)."""
     grad, query, key, value = rows(grad), rows(query), rows(key), rows(value)
-    counted, valid = _contiguous(counted, valid)
+    counted, valid = contiguous(counted, valid)
     batch, heads, length, width = query.shape
     slots = 0 if global_key is None else global_key.shape[2]
     dq, dk, dv = empty_like_rows(query), empty_like_rows(key), empty_like_rows(value)
@@ -289,7 +280,7 @@ def window_backward(
     given = (counted is not None, valid is not None, seed is not None)
     block_q, block_k, warps, stages = QUERIES
     _queries[(triton.cdiv(length, block_q) * batch * heads,)](
-        query, key, value, *_contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
+        query, key, value, *contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, grad, delta, dq, dgk, dgv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
         *dq.stride()[:3], *shape, slots, *numbers, slots > 0, *given, causal,

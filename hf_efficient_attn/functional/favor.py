@@ -116,7 +116,10 @@ def _fused(
         return None
     with without_autocast(query.device):
         dropout = {"dropout_p": dropout_p, "whole_keys": True}
-        sums, ones, top = kernels.sums(key, value, projection, key_padding_mask, root=root, half_norm=True, **dropout)
+        found = kernels.sums(key, value, projection, key_padding_mask, root=root, half_norm=True, **dropout)
+        if found is None:
+            return None
+        sums, ones, top = found
         return kernels.mix(query, projection, sums, ones, top, key_padding_mask, root=root)
 
 

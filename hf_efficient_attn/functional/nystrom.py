@@ -16,10 +16,6 @@ from .fused import fused
 from .inputs import check_qkv, masked_bias, zero_padding
 
 
-# Landmarks whose matrix is inverted by a kernel, where there is one.
-_ITERATED_SIZES = (16, 32, 64)
-
-
 class Landmarks(NamedTuple):
     """Segment means of each example's valid tokens.
 
@@ -92,7 +88,7 @@ def iterative_pinv(
     matrix: Tensor,
     iterations: int,
     scale_per_matrix: bool = True,
-    kernel: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    kernel: Callable[[Tensor, Tensor, int], Tensor | None] | None = None,
 ) -> Tensor:
     """Moore-Penrose inverse of matrices whose rows are probabilities, by a third-order iteration.
 
@@ -104,7 +100,7 @@ def iterative_pinv(
         iterations: 6 as published; each brings singular values that are 1.8 times smaller within reach.
         scale_per_matrix: take the largest column sum of each matrix; else of all heads of an example, which is
             slower to converge. Never of the batch.
-        kernel: takes the matrices, what to start from and the iterations, and gives what they come to.
+        kernel: takes the matrices, what to start from and the iterations, and gives what they come to, or None.
 
     Returns:
         Like `matrix`.
@@ -113,8 +109,9 @@ def iterative_pinv(
     """
     largest = matrix.sum(dim=-2, keepdim=True).amax(dim=-1 if scale_per_matrix else (1, -1), keepdim=True)
     inverse = matrix.transpose(-1, -2) / largest
-    if kernel is not None:
-        return kernel(matrix, inverse, iterations)
+    found = None if kernel is None else kernel(matrix, inverse, iterations)
+    if found is not None:
+        return found
     inverse = inverse.flatten(0, 1)
     shape, matrix = matrix.shape, matrix.flatten(0, 1)
     for _ in range(iterations):
@@ -209,13 +206,18 @@ def _fused(
     if kernels is None or take_means is None or pinv_iterations is None:
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    iterate = fused("pinv_iterations", query) if num_landmarks in _ITERATED_SIZES else None
     options: dict[str, Any] = {"root": 1.0, "dropout_p": dropout_p, "precise": True}
     landmarks = segment_landmarks(key, key_padding_mask, num_landmarks) if segments is None else segments
     row, means = (take_means(x, landmarks.segment, landmarks.sizes) for x in (query, key))
+    if row is None or means is None:
+        return None
     row = row * scale
+    found = kernels.sums(key, value, row, key_padding_mask, half_norm=False, **options)
+    if found is None:
+        return None
+    sums, ones, _ = found
+    iterate = fused("pinv_iterations", query)
     inverse = iterative_pinv(_square(row, means, landmarks), pinv_iterations, scale_per_matrix, iterate)
-    sums, ones, _ = kernels.sums(key, value, row, key_padding_mask, half_norm=False, **options)
     # No key at all is no number to divide by.
     mixed = torch.matmul(inverse, sums / torch.where(ones > 0, ones, 1.0)[..., None])
     bias = None
