@@ -93,27 +93,23 @@ class BigBirdSelfAttention(SelfAttention):
             for number, layer in enumerate(layers)
         )
 
-    def random_blocks(self, text_blocks: Tensor, rows: int, layers: int | None = None) -> Tensor:
+    def random_blocks(self, text_blocks: Tensor, rows: int, layers: int = 1) -> Tensor:
         """This layer's random blocks for examples of `text_blocks` `[batch]` blocks, at most `rows`.
 
         Returns:
-            `[batch, heads, rows, count]`, as `pick_random_blocks` gives them; with `layers` those of as many layers
-            from this one on, which must have its options and heads, `[batch, layers * heads, rows, count]`.
+            `[batch, layers * heads, rows, count]`, as `pick_random_blocks` gives them: those of as many layers from
+            this one on, which must have its options and heads.
         """
-        options, number = self.options, self.layer_idx
+        options = self.options
         count = options.num_random_blocks
         if not torch.compiler.is_compiling():
             # No row of a short text has more blocks left to draw.
             count = min(count, max(0, rows - blocks_in_reach(options.global_ends)))
-        if layers is not None:
-            number = torch.arange(number, number + layers, device=text_blocks.device)[:, None, None, None]
         shape = (self.num_attention_heads, rows, count)
-        draws = random_draws(options.random_seed, number, *shape, device=text_blocks.device).flatten(0, -3)
+        draws = random_draws(options.random_seed, self.layer_idx, *shape, text_blocks.device, layers)
         return pick_random_blocks(draws, text_blocks, ends_are_global=options.global_ends)
 
-    def plan(
-        self, key_padding_mask: Tensor | None, length: int, device: torch.device, layers: int | None = None
-    ) -> BigBirdPlan:
+    def plan(self, key_padding_mask: Tensor | None, length: int, device: torch.device, layers: int = 1) -> BigBirdPlan:
         """What blocks attend in inputs of `length` tokens, padded as `key_padding_mask` `[batch, length]` says.
 
         `layers` as in `random_blocks`.

@@ -32,8 +32,9 @@ class BigBirdPlan(NamedTuple):
 
     def by_layer(self, layers: int) -> list["BigBirdPlan"]:
         """The plan of each of `layers` layers, whose heads stand behind one another."""
-        shares = zip(*(x.unflatten(1, (layers, -1)).unbind(1) for x in (self.random_blocks, self.lists)), strict=True)
-        return [BigBirdPlan(blocks, self.layout, lists) for blocks, lists in shares]
+        tables = (x.chunk(layers, dim=1) for x in (self.random_blocks, self.lists))
+        # Contiguous, because torch.export would ask of the length which of two strides is the smaller.
+        return [BigBirdPlan(x.contiguous(), self.layout, y.contiguous()) for x, y in zip(*tables, strict=True)]
 
 
 def plan_big_bird(

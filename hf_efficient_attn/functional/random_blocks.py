@@ -10,13 +10,16 @@ _BITS = 32
 _NOWHERE = 2**31  # a block number behind all others
 
 
-def random_draws(seed: int, layer: int | Tensor, heads: int, rows: int, count: int, device: torch.device) -> Tensor:
-    """Uniform numbers in `[0, 2^32)`, int64 `[heads, rows, count]`, as `counter_draws` gives them.
+def random_draws(
+    seed: int, layer: int, heads: int, rows: int, count: int, device: torch.device, layers: int = 1
+) -> Tensor:
+    """Uniform numbers in `[0, 2^32)`, int64 `[layers * heads, rows, count]`, as `counter_draws` gives them.
 
-    Of several layers, int64 `[layers, 1, 1, 1]`, it is `[layers, heads, rows, count]`.
+    They are those of `layers` layers from `layer` on, whose heads stand behind one another.
     """
-    head, row, number = (torch.arange(size, device=device) for size in (heads, rows, count))
-    return counter_draws(seed, layer, head[:, None, None], row[:, None], number, device=device)
+    head, row, number = (torch.arange(size, device=device) for size in (layers * heads, rows, count))
+    places = (layer + head // heads, head % heads)
+    return counter_draws(seed, *(x[:, None, None] for x in places), row[:, None], number, device=device)
 
 
 def pick_random_blocks(draws: Tensor, blocks: Tensor, *, ends_are_global: bool) -> Tensor:
