@@ -83,12 +83,11 @@ class BigBirdSelfAttention(SelfAttention):
     @staticmethod
     def are_alike(layers: Sequence[nn.Module]) -> bool:
         """Whether they can be planned at once: block sparse, numbered from 0 on, with the same options and heads."""
-        first = layers[0]
-        return all(
+        return len(layers) > 0 and all(
             isinstance(layer, BigBirdSelfAttention)
-            and layer.options is first.options
+            and layer.options is layers[0].options
             and layer.options.attention_type == "block_sparse"
-            and layer.num_attention_heads == first.num_attention_heads
+            and layer.num_attention_heads == layers[0].num_attention_heads
             and layer.layer_idx == number
             for number, layer in enumerate(layers)
         )
