@@ -84,7 +84,7 @@ class BigBirdSelfAttention(SelfAttention):
     def are_alike(layers: Sequence[nn.Module]) -> bool:
         """Whether they can be planned at once: block sparse, numbered from 0 on, with the same options and heads."""
         return len(layers) > 0 and all(
-            isinstance(layer, BigBirdSelfAttention)
+            type(layer) is BigBirdSelfAttention
             and layer.options is layers[0].options
             and layer.options.attention_type == "block_sparse"
             and layer.num_attention_heads == layers[0].num_attention_heads
