@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from transformers import BigBirdConfig
 from transformers.models.big_bird import modeling_big_bird
 
+from hf_efficient_attn.attention.big_bird import BigBirdSelfAttention
+
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 SEP = 4
@@ -85,12 +87,12 @@ def share_random_blocks(monkeypatch: pytest.MonkeyPatch, ours: Any) -> list[Tens
     )
     # Each layer is asked, and not the first one for all.
     monkeypatch.setattr(BigBirdSelfAttention, "are_alike", staticmethod(lambda layers: False))
-    layers = len(ours.base_model.encoder.layer)
+    count = len(ours.base_model.encoder.layer)
     for number, layer in enumerate(ours.base_model.encoder.layer):
 
-        def blocks_of(text_blocks: Tensor, rows: int, number: int = number) -> Tensor:
+        def blocks_of(text_blocks: Tensor, rows: int, layers: int, number: int = number) -> Tensor:
             # transformers lists the rows between the first and the last one.
-            return torch.nn.functional.pad(drawn[-layers:][number], (0, 0, 1, 1), value=-1)
+            return torch.nn.functional.pad(drawn[-count:][number], (0, 0, 1, 1), value=-1)
 
         monkeypatch.setattr(layer.attention.self, "random_blocks", blocks_of)
     return drawn
