@@ -271,7 +271,7 @@ def test_register_is_idempotent(fresh: Callable[[str], str]) -> None:
         "ours = lambda: [f for f in sys.meta_path if type(f).__module__.startswith('hf_efficient_attn')]\n"
         "for _ in range(3): hf_efficient_attn.register(), hf_efficient_attn.register_attention()\n"
         "waiting = sorted(f.module.rpartition('.')[2] for f in ours())\n"
-        "assert waiting == ['configuration_auto', 'masking_utils', 'modeling_utils'], sys.meta_path\n"
+        "assert waiting == ['configuration_auto', 'fused', 'masking_utils', 'modeling_utils'], sys.meta_path\n"
         "from transformers import AutoConfig, AutoModel\n"
         "for _ in range(3): hf_efficient_attn.register()\n"
         "assert not [f for f in ours() if 'auto' in f.module], sys.meta_path\n"
