@@ -1,5 +1,6 @@
 """What every mechanism shares: the projections, the split into heads, the choice of backend."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -74,6 +75,16 @@ class SelfAttention(nn.Module):
         """Raises `ValueError` for `options` that break a rule, or do not fit `config`."""
         if cls.options_class is not None:
             options.check_options()
+
+    @classmethod
+    def are_alike(cls, layers: Sequence[nn.Module]) -> bool:
+        """Whether what layers need can be prepared for all at once: of this class, with the same options and heads."""
+        return len(layers) > 0 and all(
+            type(layer) is cls
+            and layer.options is layers[0].options
+            and layer.num_attention_heads == layers[0].num_attention_heads
+            for layer in layers
+        )
 
     def drawn_buffers(self) -> dict[str, Tensor]:
         """Buffers by name that follow from options and layer alone, for models that are built without values."""

@@ -80,15 +80,11 @@ class BigBirdSelfAttention(SelfAttention):
         shape = {"num_global": options.num_global_tokens, "global_ends": options.global_ends}
         return {"block_size": options.block_size, **shape}
 
-    @staticmethod
-    def are_alike(layers: Sequence[nn.Module]) -> bool:
-        """Whether they can be planned at once: block sparse, numbered from 0 on, with the same options and heads."""
-        return len(layers) > 0 and all(
-            type(layer) is BigBirdSelfAttention
-            and layer.options is layers[0].options
-            and layer.options.attention_type == "block_sparse"
-            and layer.num_attention_heads == layers[0].num_attention_heads
-            and layer.layer_idx == number
+    @classmethod
+    def are_alike(cls, layers: Sequence[nn.Module]) -> bool:
+        """See `SelfAttention.are_alike`: block sparse besides, and numbered from 0 on."""
+        return super().are_alike(layers) and all(
+            layer.options.attention_type == "block_sparse" and layer.layer_idx == number
             for number, layer in enumerate(layers)
         )
 
@@ -138,11 +134,11 @@ class BigBirdSelfAttention(SelfAttention):
             plan = self.plan(key_padding_mask, query.shape[2], query.device)
         else:
             plan = block_plans[self.layer_idx]
-        pattern = {"random_blocks": plan.random_blocks, **self.pattern}
+        pattern = {"random_blocks": plan.random_blocks, "plan": plan, **self.pattern}
         if backend == "eager":
             mixed, weights = dense_big_bird_attention(
                 query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern
             )
             return self.merge(mixed), weights
-        mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, plan=plan, **pattern)
+        mixed = big_bird_attention(query, key, value, key_padding_mask, dropout_p=dropout_p, **pattern)
         return self.merge(mixed), None

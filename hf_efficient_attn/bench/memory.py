@@ -120,6 +120,7 @@ class CudaMeter:
         import torch
 
         self.wait()
+        torch.cuda.empty_cache()  # what torch keeps of the GPU's memory is for the processes beside this one
         torch.cuda.reset_peak_memory_stats()
         self._base = torch.cuda.memory_allocated()
         return self._base
@@ -135,13 +136,6 @@ class CudaMeter:
         import torch
 
         return torch.cuda.max_memory_allocated() - self._base
-
-
-def release_memory() -> None:
-    """Give back to the GPU what torch keeps of its memory, for the processes beside this one."""
-    import torch
-
-    torch.cuda.empty_cache()
 
 
 def make_meter(device: str) -> ResidentMeter | CudaMeter:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .cases import Case
 from .generation import Generation
 from .kinds import KINDS
-from .memory import make_meter, release_memory
+from .memory import make_meter
 from .models import PRIMING_LENGTH, build_inputs, build_labels, build_model
 
 
@@ -116,8 +116,6 @@ def serve(case: Case, connection: Connection) -> None:
             build_step(replace(case, size=small, length=_THROWAWAY_LENGTH)).run(_THROWAWAY_LENGTH)
         step.prepare()
         gc.collect()
-        if case.device == "cuda":
-            release_memory()
         meter = make_meter(case.device)
         base = meter.start()
         connection.send({"event": "ready", "base_bytes": base})

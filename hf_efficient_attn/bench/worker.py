@@ -122,11 +122,11 @@ def measure(
             for child in children:
                 child.await_ready()
             # In turns, so that what slows the machine slows all. A GPU is one's own, and has no room for all of them.
-            alone = group[0].device == "cuda"
-            for members in [[child] for child in children] if alone else [children]:
+            together = [[child] for child in children] if group[0].device == "cuda" else [children]
+            for members in together:
                 _take_turns(members, repeats, warmup, case_seconds)
-                if alone:
-                    members[0].end()
+                for child in members:
+                    child.end()
         finally:
             for child in children:
                 child.end()

@@ -24,7 +24,7 @@ from .arithmetic import (
     to_base_2,
 )
 from .operators import operator
-from .tiles import dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
+from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
 _WARPS, _STAGES = 4, 2
@@ -191,8 +191,7 @@ def blocks_forward(
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     if source is not None:
         out.zero_(), lse.zero_()
-    lists = lists.contiguous()
-    source, filled = (None if x is None else rows(x) for x in (source, filled))
+    lists, source, filled = contiguous(lists, source, filled)
     _forward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
@@ -232,8 +231,7 @@ def blocks_backward(
     grad, query, key, value = rows(grad), rows(query), rows(key), rows(value)
     batch, heads, _, width = query.shape
     dq, dk, dv = (empty_like_rows(query, torch.float32).zero_() for _ in range(3))
-    lists = lists.contiguous()
-    source, filled = (None if x is None else rows(x) for x in (source, filled))
+    lists, source, filled = contiguous(lists, source, filled)
     _backward[(lists.shape[2] * batch * heads,)](
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],

@@ -13,25 +13,12 @@ from torch import Tensor
 from ..cpu import first_derivatives
 from .features_forward import mix_for_queries, sum_over_keys
 from .mix_backward import mix_gradients
-from .operators import operator
+from .operators import Operator
 from .sums_backward import sum_gradients
 from .tiles import dropout_seed, empty_like_rows, takes
 
 
-@operator("feature_sums")
-def _sums_op(
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    root: float,
-    half_norm: bool,
-    dropout_p: float,
-    whole_keys: bool,
-    precise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return sum_over_keys(key, value, weights, keep, seed, root, half_norm, dropout_p, whole_keys, precise)
+_sums_op = Operator("feature_sums", sum_over_keys)
 
 
 @_sums_op.register_fake
@@ -64,20 +51,7 @@ def _sums_backward(ctx: Any, sums: Tensor | None, ones: Tensor | None, _: Tensor
 _sums_op.register_autograd(_sums_backward, setup_context=_keep_for_sums)
 
 
-@operator("feature_mix")
-def _mix_op(
-    query: Tensor,
-    weights: Tensor,
-    table: Tensor,
-    normalisers: Tensor,
-    bias: Tensor | None,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    root: float,
-    dropout_p: float,
-    precise: bool,
-) -> tuple[Tensor, Tensor]:
-    return mix_for_queries(query, weights, table, normalisers, bias, keep, seed, root, dropout_p, precise)
+_mix_op = Operator("feature_mix", mix_for_queries)
 
 
 @_mix_op.register_fake

@@ -1,5 +1,7 @@
 """Gradients of `features.feature_mix`: probabilities are computed again from what their rows were divided by."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -207,22 +209,7 @@ def mix_gradients(
 
 
 @mix_gradients.register_fake
-def _(
-    query: Tensor,
-    weights: Tensor,
-    table: Tensor,
-    normalisers: Tensor,
-    bias: Tensor | None,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    result: Tensor,
-    lse: Tensor,
-    above: Tensor,
-    root: float,
-    dropout_p: float,
-    precise: bool,
-    want_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weight_grad = weights.new_empty(weights.shape) if want_weights else weights.new_empty(0)
+def _(query: Tensor, weights: Tensor, table: Tensor, normalisers: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    weight_grad = weights.new_empty(weights.shape if others[-1] else 0)
     lines = [normalisers.new_empty(normalisers.shape) for _ in range(2)]
     return empty_like_rows(query), weight_grad, table.new_empty(table.shape), *lines

@@ -1,5 +1,7 @@
 """Gradients of `features.feature_sums`: features are computed again, and never written to memory."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -204,21 +206,6 @@ def sum_gradients(
 
 
 @sum_gradients.register_fake
-def _(
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    top: Tensor,
-    sums_grad: Tensor,
-    ones_grad: Tensor,
-    root: float,
-    half_norm: bool,
-    dropout_p: float,
-    whole_keys: bool,
-    precise: bool,
-    want_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights_grad = weights.new_empty(weights.shape) if want_weights else weights.new_empty(0)
+def _(key: Tensor, value: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weights_grad = weights.new_empty(weights.shape if others[-1] else 0)
     return empty_like_rows(key), empty_like_rows(value), weights_grad

@@ -135,14 +135,17 @@ def big_bird_counts(
     random_blocks: Tensor,
     num_global: int = 0,
     global_ends: bool = True,
+    plan: BigBirdPlan | None = None,
 ) -> Tensor:
     """How often `big_bird_attention` counts a key for a query: int64 `[batch or 1, heads, length, length]`.
 
     Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
     """
     _check_pattern(query, block_size, random_blocks, num_global)
-    shape = {"block_size": block_size, "num_global": num_global, "global_ends": global_ends}
-    _, layout, lists = plan_big_bird(key_padding_mask, query.shape[2], random_blocks=random_blocks, **shape)
+    if plan is None:
+        shape = {"block_size": block_size, "num_global": num_global, "global_ends": global_ends}
+        plan = plan_big_bird(key_padding_mask, query.shape[2], random_blocks=random_blocks, **shape)
+    layout, lists = plan.layout, plan.lists
     blocks = layout.global_blocks + layout.rows
     counts = _block_counts(lists, blocks)
     block = layout.place // block_size

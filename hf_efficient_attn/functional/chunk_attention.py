@@ -79,7 +79,12 @@ def _rounds_together(mixed: Tensor, logsumexp: Tensor, plan: ChunkPlan) -> Tenso
     mixed = mixed.unflatten(2, (rounds, -1)).flatten(3, 4).gather(3, place[..., None].expand(-1, -1, -1, -1, width))
     if rounds == 1:
         return mixed[:, :, 0]
-    share = logsumexp.unflatten(2, (rounds, -1)).flatten(3, 4).gather(3, place).softmax(dim=2)
+    return _weighed(mixed, logsumexp.unflatten(2, (rounds, -1)).flatten(3, 4).gather(3, place))
+
+
+def _weighed(mixed: Tensor, logsumexp: Tensor) -> Tensor:
+    """Rounds `[batch, heads, rounds, length, head_dim]` as one, by logarithms `[batch, heads, rounds, length]`."""
+    share = logsumexp.softmax(dim=2)
     return (mixed * share[..., None].to(mixed.dtype)).sum(dim=2)
 
 
@@ -162,16 +167,15 @@ def chunk_attention(
     options |= {"chunks_before": chunks_before, "chunks_after": chunks_after}
     # In the paper's form of LSH pairs count once and only in their bucket: the kernel on a CPU has no masks for that.
     meets_all = released or buckets is None
-    on_cpu = query.device.type == "cpu" and fused("blocks", query) is None
-    if meets_all and on_cpu and dropout_p < 1.0 and not torch.compiler.is_compiling():
-        counts = valid_counts(key_padding_mask, length, query.device)
-        options |= {"chunk_length": chunk_length, "wrap": released}
-        return cpu_chunk_attention(query, key, value, plan.order, plan.inverse, counts, **options)
     if meets_all:
         shape = {"scale": scale, "dropout_p": dropout_p, "causal": causal, "exclude_self": exclude_self}
         mixed = _fused(query, key, value, plan, **shape)
         if mixed is not None:
             return mixed
+    if meets_all and query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling():
+        counts = valid_counts(key_padding_mask, length, query.device)
+        options |= {"chunk_length": chunk_length, "wrap": released}
+        return cpu_chunk_attention(query, key, value, plan.order, plan.inverse, counts, **options)
     only = None if released else buckets
     return _portable(query, key, value, key_padding_mask, plan, only, **options)
 
@@ -193,9 +197,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, plan: ChunkPlan, **options
         found.append(own)
     if rounds == 1:
         return found[0][0]
-    share = torch.stack([lse for _, lse in found], dim=-1).softmax(dim=-1)
-    mixed = torch.stack([out for out, _ in found], dim=-1)
-    return (mixed * share[:, :, :, None].to(mixed.dtype)).sum(dim=-1)
+    mixed, logsumexp = (torch.stack(x, dim=2) for x in zip(*found, strict=True))
+    return _weighed(mixed, logsumexp)
 
 
 def _portable(

@@ -72,15 +72,14 @@ def sliding_window_attention(
     queries, length = query.shape[2], key.shape[2]
     dilations = head_dilations(dilation, query.shape[1])
     window = make_window(radius, causal)
+    options = {"window": window, "scale": scale, "dropout_p": dropout_p}
     if queries == length and max(dilations) == 1:
-        options = {"window": window, "scale": scale, "dropout_p": dropout_p}
         mixed = _fused(query, key, value, key_padding_mask, global_tokens, **options)
         if mixed is not None:
             return mixed
     query_mask = None if key_padding_mask is None else key_padding_mask[:, length - queries :]
     query = zero_padding(query, query_mask, overwrite)
     key, value = (zero_padding(x, key_padding_mask, overwrite) for x in (key, value))
-    options = {"window": window, "scale": scale, "dropout_p": dropout_p}
     steps = sorted(set(dilations))
     if queries < length:
         if queries <= _FEW_QUERIES:

@@ -49,8 +49,7 @@ class EffNystromformerModel(EffEncoderModel, EffNystromformerPreTrainedModel):
     ) -> Tensor:
         """With the segments of the landmarks, which are those of the tokens in every layer."""
         layers = self.encoder.attentions()
-        alike = all(type(x) is NystromformerSelfAttention and x.options is layers[0].options for x in layers)
-        if layers and alike and "documents" not in context:
+        if "documents" not in context and NystromformerSelfAttention.are_alike(layers):
             context = {**context, "segments": layers[0].segments(hidden_states, key_padding_mask)}
         return super().encode(hidden_states, key_padding_mask, context, wants_weights, overwrite)
 
