@@ -2,6 +2,7 @@
 
     python benchmarks/attention_alone.py                    # 12 heads of 64, 4,096 tokens, batch 1, float32
     python benchmarks/attention_alone.py --length 16384
+    python benchmarks/attention_alone.py --dtype bfloat16   # for CPUs that have it
     python benchmarks/attention_alone.py --quick            # a trial run: few tokens
 
 All in one process and in turns. The products are those that the formula cannot do without, counted on the pairs that
@@ -50,14 +51,14 @@ class Pairs:
     keys: int
     step: int = 0
 
-    def run(self, backward: bool) -> Callable[[], None]:
+    def run(self, backward: bool, dtype: torch.dtype) -> Callable[[], None]:
         """What does them for one head."""
-        base = torch.randn(2, max(0, self.blocks - 1) * self.step + self.keys, WIDTH)
+        base = torch.randn(2, max(0, self.blocks - 1) * self.step + self.keys, WIDTH, dtype=dtype)
         shape, strides = (self.blocks, self.keys, WIDTH), (self.step * WIDTH, WIDTH, 1)
         key, value = (rows.as_strided(shape, strides, rows.storage_offset()) for rows in base)
-        query, out, grad, query_grad = torch.randn(4, self.blocks, self.queries, WIDTH)
-        scores, scores_grad = torch.empty(2, self.blocks, self.queries, self.keys)
-        key_grad, value_grad = torch.empty(2, self.blocks, self.keys, WIDTH)
+        query, out, grad, query_grad = torch.randn(4, self.blocks, self.queries, WIDTH, dtype=dtype)
+        scores, scores_grad = torch.empty(2, self.blocks, self.queries, self.keys, dtype=dtype)
+        key_grad, value_grad = torch.empty(2, self.blocks, self.keys, WIDTH, dtype=dtype)
 
         def once() -> None:
             torch.bmm(query, key.mT, out=scores)
@@ -73,18 +74,24 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Product:
-    """`times` products of `[rows, inner]` with `[inner, columns]`, and those for the gradients of so many factors."""
+    """`times` products of `[rows, inner]` with `[inner, columns]`, and those for the gradients of so many factors.
+
+    `exact` ones are in float32 whatever the rest is.
+    """
 
     rows: int
     inner: int
     columns: int
     times: int = 1
     gradients: int = 2
+    exact: bool = False
 
-    def run(self, backward: bool) -> Callable[[], None]:
+    def run(self, backward: bool, dtype: torch.dtype) -> Callable[[], None]:
         """What does them for one head."""
-        left, right = torch.randn(self.rows, self.inner), torch.randn(self.inner, self.columns)
-        out, left_grad = torch.empty(self.rows, self.columns), torch.empty_like(left)
+        dtype = torch.float32 if self.exact else dtype
+        left = torch.randn(self.rows, self.inner, dtype=dtype)
+        right = torch.randn(self.inner, self.columns, dtype=dtype)
+        out, left_grad = torch.empty(self.rows, self.columns, dtype=dtype), torch.empty_like(left)
         right_grad = torch.empty_like(right)
 
         def once() -> None:
@@ -113,7 +120,7 @@ class Mechanism:
     at_most: float | None
 
 
-def mechanisms(length: int) -> dict[str, Mechanism]:
+def mechanisms(length: int, dtype: torch.dtype) -> dict[str, Mechanism]:
     """All rows, for texts of `length` tokens."""
     device = torch.device("cpu")
     draws = functional.random_draws(0, 0, HEADS, length // BLOCK, RANDOM, device=device)
@@ -123,7 +130,8 @@ def mechanisms(length: int) -> dict[str, Mechanism]:
     generator = torch.Generator().manual_seed(0)
     square = torch.randn(FEATURES // WIDTH, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
     lengths = torch.randn(FEATURES, WIDTH, generator=generator, dtype=torch.float64)
-    projection, (factors, sizes, rotations) = functional.orthogonal_features(square, lengths).float(), _hash(length)
+    projection = functional.orthogonal_features(square, lengths).to(dtype)
+    factors, sizes, rotations = _hash(length)
 
     def lsh(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         buckets = functional.hash_buckets(query, rotations, factors, sizes)
@@ -154,7 +162,7 @@ def mechanisms(length: int) -> dict[str, Mechanism]:
             [
                 Pairs(length // 128, 128, LANDMARKS),
                 Pairs(1, LANDMARKS, length),
-                Product(LANDMARKS, LANDMARKS, LANDMARKS, 2 + 4 * ITERATIONS),
+                Product(LANDMARKS, LANDMARKS, LANDMARKS, 2 + 4 * ITERATIONS, exact=True),
             ],
             2.0,
         ),
@@ -219,9 +227,9 @@ def lsh_parts(length: int, tensors: list[Tensor], repeats: int) -> dict[str, flo
     return {name: statistics.median(x) * 1e3 for name, x in seconds.items()}
 
 
-def products_of(mechanism: Mechanism, backward: bool) -> Callable[[], None]:
+def products_of(mechanism: Mechanism, backward: bool, dtype: torch.dtype) -> Callable[[], None]:
     """All products of all heads, each head with its own numbers."""
-    runs = [part.run(backward) for _ in range(HEADS) for part in mechanism.products]
+    runs = [part.run(backward, dtype) for _ in range(HEADS) for part in mechanism.products]
 
     def once() -> None:
         for run in runs:
@@ -239,7 +247,7 @@ STEPS = {
 }
 
 
-def training_step(name: str, length: int, dropout_p: float) -> Callable[[], None]:
+def training_step(name: str, length: int, dropout_p: float, dtype: torch.dtype) -> Callable[[], None]:
     """One step of two base-size layers."""
     model_type, fields = STEPS[name]
     config = AutoConfig.for_model(
@@ -254,7 +262,7 @@ def training_step(name: str, length: int, dropout_p: float) -> Callable[[], None
         attention_probs_dropout_prob=dropout_p,
         **fields,
     )
-    model = AutoModel.from_config(config).train()
+    model = AutoModel.from_config(config).to(dtype).train()
     optimizer, ids = torch.optim.SGD(model.parameters(), lr=1e-4), torch.randint(5, 1024, (1, length))
 
     def once() -> None:
@@ -271,20 +279,27 @@ def _ratio(seconds: dict[str, list[float]], over: str, under: str) -> tuple[floa
     return median, f"{median:.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
 
 
-def measure(name: str, mechanism: Mechanism, length: int, repeats: int, step_repeats: int) -> tuple[str, list[str]]:
-    """The row of one mechanism, and what of it is over a bound."""
+def _tensors(length: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, HEADS, length, WIDTH, generator=generator) for _ in range(3)]
+    return [torch.randn(1, HEADS, length, WIDTH, generator=generator).to(dtype) for _ in range(3)]
+
+
+def measure(
+    name: str, mechanism: Mechanism, length: int, dtype: torch.dtype, repeats: int, step_repeats: int
+) -> tuple[str, list[str]]:
+    """The row of one mechanism, and what of it is over a bound."""
+    tensors = _tensors(length, dtype)
 
     def attend(dropout_p: float) -> Callable[..., Tensor]:
         return lambda query, key, value: mechanism.attend(query, key, value, dropout_p)
 
     runs = {
         "forward": forward_or_gradients(attend(0.0), tensors, False),
-        "products": products_of(mechanism, False),
+        "products": products_of(mechanism, False, dtype),
         "gradients": forward_or_gradients(attend(0.0), tensors, True),
         "dropout": forward_or_gradients(attend(DROPOUT), tensors, True),
-        "all products": products_of(mechanism, True),
+        "all products": products_of(mechanism, True, dtype),
     }
     seconds = take_turns(runs, repeats)
     forward, both = _ratio(seconds, "forward", "products"), _ratio(seconds, "gradients", "all products")
@@ -296,7 +311,7 @@ def measure(name: str, mechanism: Mechanism, length: int, repeats: int, step_rep
     found.append(("with gradients", both[0], None if mechanism.at_most is None else 1.3 * mechanism.at_most))
     step = None
     if name in STEPS and step_repeats:
-        steps = {str(p): training_step(name, length, p) for p in (0.0, DROPOUT)}
+        steps = {str(p): training_step(name, length, p, dtype) for p in (0.0, DROPOUT)}
         step = _ratio(take_turns(steps, step_repeats), str(DROPOUT), "0.0")
         found += [("dropout, attention alone", dropout[0], 2.0), ("dropout, whole step", step[0], 1.3)]
     over += [f"{name}, {what}: {value:.2f} is over {most:.2f}" for what, value, most in found if most and value > most]
@@ -309,6 +324,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens, a multiple of 128.")] = 4096,
     repeats: Annotated[int, typer.Option(help="Turns of the attention alone.")] = 9,
     step_repeats: Annotated[int, typer.Option(help="Turns of the training steps; 0 for none.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A trial run: 1,024 tokens, two turns, no training step.")
@@ -322,11 +338,14 @@ def main(
         raise ValueError(f"--length is {length}, but blocks are whole: pass a multiple of 128, from 1024 on.")
     if repeats < 1 or step_repeats < 0:
         raise ValueError(f"--repeats is {repeats} and --step-repeats {step_repeats}: pass 1 or more, and 0 or more.")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}: pass float32 or bfloat16.")
     check_out([out])
+    kind = getattr(torch, dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     lines = [
-        f"{length:,} tokens, {HEADS} heads of {WIDTH}, batch 1, float32: ms, and ratios as the median (min - max) of "
+        f"{length:,} tokens, {HEADS} heads of {WIDTH}, batch 1, {dtype}: ms, and ratios as the median (min - max) of "
         f"{repeats} turns in one process, of {step_repeats} for the step.",
         "",
         "| | forward ms | products ms | forward over products | at most | with gradients | at most "
@@ -334,13 +353,12 @@ def main(
         f"| --- |{' ---: |' * 8}",
     ]
     over = []
-    for name, mechanism in mechanisms(length).items():
-        row, above = measure(name, mechanism, length, repeats, step_repeats)
+    for name, mechanism in mechanisms(length, kind).items():
+        row, above = measure(name, mechanism, length, kind, repeats, step_repeats)
         typer.echo(row, err=True)
         lines.append(row)
         over += above
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, HEADS, length, WIDTH, generator=generator) for _ in range(3)]
+    tensors = _tensors(length, kind)
     parts = ", ".join(f"{name} {ms:.1f} ms" for name, ms in lsh_parts(length, tensors, repeats).items())
     lines += ["", f"- lsh, part of its forward pass: {parts}"]
     lines += [f"- {line}" for line in over] or ["- nothing is over its bound"]

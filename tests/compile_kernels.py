@@ -1,6 +1,7 @@
-"""Compiles every kernel for an H100 without one, and prints their names: what the interpreter takes, Triton may not.
+"""Compiles every kernel for GPUs that are not there: what the interpreter takes, Triton may not.
 
-To be run in a process of its own, because Triton decides at its import whether kernels are interpreted.
+Prints a line for each: the GPU's compute capability, the kernel, and its shared memory. To be run in a process of its
+own, because Triton decides at its import whether kernels are interpreted.
 """
 
 from typing import Any
@@ -12,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from hf_efficient_attn.cuda import FUSED, room
 
-HOPPER = GPUTarget("cuda", 90, 32)
+
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -24,6 +26,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 compiled: set[tuple] = set()
+capability = 90
 
 
 def type_of(value: Any) -> str:
@@ -40,22 +43,26 @@ def type_of(value: Any) -> str:
 def launch(kernel: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **settings: Any) -> None:
     """In place of starting a kernel: compile it for these arguments."""
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
-    signature, constants = {}, {}
+    signature, constants, facts = {}, {}, {}
     for number, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = args[number] if number < len(args) else settings[name]
         signature[name] = "constexpr" if parameter.is_constexpr else type_of(value)
         if signature[name] == "constexpr":
             constants[(number,)] = value
-    key = (kernel.__name__, str(signature), str(constants), str(options))
+        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            # As when a kernel is started; loads are ahead of their use then, in more memory.
+            facts[(number,)] = [["tt.divisibility", 16]]
+    key = (capability, kernel.fn.__module__, kernel.__name__, str(signature), str(constants), str(options))
     if key not in compiled:
         compiled.add(key)
-        compile_kernel(ASTSource(kernel, signature, constexprs=constants), target=HOPPER, options=options)
-        print(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}", flush=True)
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=facts)
+        binary = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        print(capability, name, binary.metadata.shared, flush=True)
 
 
 def run(dtype: torch.dtype, dropout_p: float, padded: bool) -> None:
     """Each operator once, forward and backward."""
-    from hf_efficient_attn.cuda import FUSED
 
     def leaf(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=kind).requires_grad_()
@@ -76,12 +83,21 @@ def run(dtype: torch.dtype, dropout_p: float, padded: bool) -> None:
     )
     shape = {"size": 64, "causal": padded, "exclude_self": padded, "scale": 0.125, "dropout_p": dropout_p}
     results.append(FUSED["blocks"](query, key, value, lists, *tables, **shape)[0])
+    if padded:
+        shape |= {
+            "size": 128 if capability == 90 else 64,
+            "causal": False,
+            "exclude_self": False,
+            "grid": (1, 23, 3, 3),
+        }
+        results.append(FUSED["blocks"](query, key, value, lists, *tables, **shape)[0])
     weights, table = leaf(1, heads, 64, 64, kind=torch.float32), leaf(1, heads, 64, 64, kind=torch.float32)
     options = {"root": 1.0, "dropout_p": dropout_p, "precise": padded}
     sums, ones, _ = FUSED["feature_sums"](key, value, weights, keep, half_norm=not padded, **options)
     results += [sums, FUSED["feature_mix"](query, weights, table, ones, None, keep, **options)]
     results.append(FUSED["segment_means"](key, torch.zeros(1, length, dtype=torch.long), torch.ones(1, 64, 1)))
-    results.append(FUSED["pinv_iterations"](weights, table, 2))
+    half = slice(None) if capability == 90 else slice(32)  # what there is room for
+    results.append(FUSED["pinv_iterations"](weights[..., half, half], table[..., half, half], 2))
     results.append(FUSED["add_nearby"](query, value, leaf(heads, 65), keep))
     sum(x.float().sum() for x in results).backward()
 
@@ -90,3 +106,6 @@ if __name__ == "__main__":
     JITFunction.run = launch
     run(torch.bfloat16, 0.0, padded=False)
     run(torch.bfloat16, 0.1, padded=True)
+    capability, room.ROOM = 89, room.NARROW
+    run(torch.float16, 0.1, padded=True)
+    run(torch.float16, 0.0, padded=False)

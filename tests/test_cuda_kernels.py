@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from cases import HEADS, ROW_IDS, ROWS, Case, paddings, slots
 from torch import Tensor
 from triton_interpreter import DEVICE
 
-from hf_efficient_attn.cuda import FUSED, SHARED_MEMORY, have_room
+from hf_efficient_attn.cuda import FUSED, room
 from hf_efficient_attn.functional import (
     FusedTable,
     add_nearby,
@@ -30,7 +30,6 @@ HEAD_DIM = 16  # the smallest that kernels are for
 # Mechanisms, and variants of theirs by the beginning of the name, that no kernel is for.
 WITHOUT = {
     "softmax": ("",),
-    "neighborhood": ("",),
     "longformer": ("dilated", "causal dilated"),
     "nystromformer": ("inverted exactly",),
     "performer": ("relu", "causal"),
@@ -43,6 +42,7 @@ QUICK = {
     "nystromformer": ("eight, in blocks", "scaled by example"),
     "performer": ("softmax",),
     "local": ("ahead", "causal"),
+    "neighborhood": ("wide", "registers"),
 }
 TAKEN = [
     pair
@@ -50,25 +50,6 @@ TAKEN = [
     if not any(pair[0][1].startswith(start) for start in WITHOUT.get(pair[0][0].name, ()))
     and (DEVICE.type == "cuda" or pair[0][1] in QUICK.get(pair[0][0].name, ()))
 ]
-
-
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Kernels take float32 on this device; the names of those that were called."""
-    names: list[str] = []
-
-    def counted(name: str) -> Callable[..., Any]:
-        def kernel(*args: Any, **kwargs: Any) -> Any:
-            names.append(name)
-            return FUSED[name](*args, **kwargs)
-
-        return kernel
-
-    table = {name: counted(name) for name in FUSED}
-    monkeypatch.setattr(FusedTable, "source", staticmethod(lambda: table))
-    monkeypatch.setattr(FusedTable, "devices", (DEVICE.type,))
-    monkeypatch.setattr(FusedTable, "dtypes", (torch.float32,))
-    return names
 
 
 def rows_of(batch: int, length: int) -> list[Tensor]:
@@ -281,11 +262,18 @@ def test_any_way_to_a_formula_finds_them() -> None:
     assert "_kernels" in result.stdout
 
 
-def test_small_gpus_have_none() -> None:
-    large, small = (SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY + more) for more in (0, -1))
-    assert have_room([], True) and have_room([large, large], True)
-    assert not have_room([large, small], True) and not have_room([large], False)
-    assert not have_room([SimpleNamespace()], True)
+def test_the_smallest_gpu_says_how_much_room_there_is(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = (SimpleNamespace(shared_memory_per_block_optin=size) for size in (232_448, 101_376))
+    assert room.least([large, large], True) == 232_448 and room.least([large, small], True) == room.NARROW
+    assert room.least([], True) == room.WIDE
+    assert room.least([large], False) == 0 and room.least([large, SimpleNamespace()], True) == 0
+    wide = [torch.zeros(1, 1, 16, 128, device=DEVICE)] * 3
+    matrix = torch.eye(64, device=DEVICE)
+    for size, taken in ((room.NARROW, (False, False)), (166_912, (False, True)), (room.WIDE, (True, True))):
+        monkeypatch.setattr(room, "ROOM", size)
+        found = [FUSED["add_nearby"](wide[0], wide[1], wide[0][0, :, :7, 0], None)]
+        found.append(FUSED["pinv_iterations"](matrix, matrix, 1))
+        assert tuple(x is not None for x in found) == taken
 
 
 def test_can_be_turned_off(used: list[str]) -> None:
@@ -327,7 +315,7 @@ def test_operators_keep_the_rules_of_torch(name: str, used: list[str], monkeypat
         args = (query, key, value, *(None,) * 7, 3, 3, False, 0.25, 0.0)
     else:
         lists = torch.tensor([[[[0, 1], [1, -1]]]], device=DEVICE, dtype=torch.int32)
-        args = (query, key, value, lists, None, None, None, 8, 0, False, False, 0.25, 0.0)
+        args = (query, key, value, lists, None, None, None, 8, 0, False, False, None, 0.25, 0.0)
     namespace, operator = name.split("::")
     torch.library.opcheck(getattr(getattr(torch.ops, namespace), operator).default, args)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hf_efficient_attn.attention import ATTENTIONS
 from hf_efficient_attn.functional import (
     flex_sliding_window_attention,
+    select_tokens,
     sliding_window_allowed,
     sliding_window_attention,
     window_block_mask,
@@ -68,6 +69,10 @@ def test_the_table_of_blocks_is_that_of_the_mask(case: Case, variant: str, lengt
         needed, whole = _blocks_of(allowed, keep)
         partly = _listed(mask.kv_num_blocks, mask.kv_indices)
         wholly = _listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        # The lists for a backward pass are the same pairs of blocks, by block of keys.
+        assert torch.equal(_listed(mask.q_num_blocks, mask.q_indices).mT, partly)
+        assert torch.equal(_listed(mask.full_q_num_blocks, mask.full_q_indices).mT, wholly)
+        partly, wholly = (x.expand(2, -1, -1) for x in (partly, wholly))
         assert not (partly & wholly).any()
         assert (needed <= (partly | wholly)).all(), "no allowed pair may be missed"
         assert (wholly <= whole).all(), "no pair may be taken that is not allowed"
@@ -96,8 +101,41 @@ def _blocks_of(allowed: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _listed(counts: Tensor, indices: Tensor) -> Tensor:
     """flex_attention's lists of key blocks as bool `[batch, query blocks, key blocks]`."""
+    found = torch.zeros(*indices.shape[:3], indices.shape[2] + 1, dtype=torch.bool)
     place = torch.arange(indices.shape[3]) < counts[..., None]
-    return torch.zeros(indices.shape, dtype=torch.bool).scatter(3, indices.long(), place)[:, 0]
+    # One block more than there is takes the rest of each list.
+    listed = found.scatter(3, torch.where(place, indices, indices.shape[2]).long(), True)[:, 0, :, :-1]
+    assert torch.equal(listed.sum(dim=2), counts[:, 0]), "none twice"
+    return listed
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lists_are_as_long_as_a_window(causal: bool) -> None:
+    """Not as the text: a text ten times as long has lists of ten times as many numbers, those of global tokens too."""
+    numbers = []
+    for length in (128 * 100, 128 * 1000):
+        key = torch.empty(1, 2, length, 0, device="meta")
+        mask = torch.empty(1, length, dtype=torch.bool, device="meta")
+        tokens = select_tokens(mask, 5)
+        with torch.no_grad():
+            found = window_block_mask(key, mask, tokens, radius=256, causal=causal)
+        assert found.q_indices is None, "nothing for a backward pass"
+        plain = window_block_mask(key, radius=256, causal=causal)
+        tables = (found.kv_indices, found.full_kv_indices, plain.kv_indices, plain.q_indices, plain.full_q_indices)
+        numbers.append([x.numel() for x in tables])
+    assert [10 * x for x in numbers[0]] == numbers[1]
+
+
+@torch.no_grad()
+def test_masks_of_shape_alone_are_kept() -> None:
+    key = torch.empty(1, 2, 300, 0)
+    first = window_block_mask(key, radius=20)
+    assert window_block_mask(key, radius=20) is first
+    keep = torch.ones(1, 300, dtype=torch.bool)
+    assert window_block_mask(key, keep, radius=20) is not first
+    for other in ({"radius": 21}, {"radius": 20, "causal": True}, {"radius": 20, "dilation": 2}):
+        assert window_block_mask(key, **other) is not first
+    assert window_block_mask(key[:, :, :299], radius=20) is not first
 
 
 @torch.no_grad()

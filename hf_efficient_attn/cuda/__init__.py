@@ -3,23 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from .blocks import block_attention
 from .features import feature_mix, feature_sums
 from .inverse import pinv_iterations
 from .nearby import add_nearby
+from .room import NARROW, ROOM
 from .segments import segment_means
 from .window import window_attention
-
-
-# Bytes of shared memory that the largest kernel takes; those of smaller GPUs were never tried, and have no kernels.
-SHARED_MEMORY = 200_000
-
-
-def have_room(gpus: list[Any], is_nvidia: bool) -> bool:
-    """Whether the kernels are for all of these GPUs, as `torch.cuda.get_device_properties` describes them."""
-    return all(is_nvidia and getattr(gpu, "shared_memory_per_block_optin", 0) >= SHARED_MEMORY for gpu in gpus)
 
 
 FUSED: dict[str, Callable[..., Any]] = {
@@ -31,7 +21,5 @@ FUSED: dict[str, Callable[..., Any]] = {
     "segment_means": segment_means,
     "window": window_attention,
 }
-if not have_room(
-    [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())], torch.version.hip is None
-):
+if ROOM < NARROW:
     FUSED.clear()

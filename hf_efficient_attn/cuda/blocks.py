@@ -1,9 +1,12 @@
 """Blocks of tokens that attend listed blocks, forward and backward in one pass each.
 
-For BigBird (Zaheer et al. 2020, arXiv 2007.14062) and for sorted chunks (Kitaev et al. 2020, arXiv 2001.04451).
+For BigBird (Zaheer et al. 2020, arXiv 2007.14062), for sorted chunks (Kitaev et al. 2020, arXiv 2001.04451), and for
+windows on a grid (Ramachandran et al. 2019, arXiv 1906.05909), whose blocks are tiles.
 Gradients of keys and values are added atomically in float32: who attends a block is not known without turning the lists
 round.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
+from . import room
 from .arithmetic import (
     LN_2,
     LOG2_E,
@@ -28,6 +32,7 @@ from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, 
 
 
 _WARPS, _STAGES = 4, 2
+_NO_GRID = (0, 1, 0, 0)
 
 
 @triton.jit
@@ -46,11 +51,20 @@ def _tokens(
 
 
 @triton.jit
-def _scores(q, k, row, column, there, scale, CAUSAL: tl.constexpr, PENALTY: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q, k, row, column, there, scale, in_front, columns, down, across,
+    CAUSAL: tl.constexpr, PENALTY: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Scores to the base 2, and which count."""
     allowed = there[None, :] & (row[:, None] >= 0)
     if CAUSAL:
         allowed = allowed & (column[None, :] <= row[:, None])
+    if GRID:
+        at, seen = row - in_front, column - in_front
+        lines = (seen // columns)[None, :] - (at // columns)[:, None]
+        steps = (seen % columns)[None, :] - (at % columns)[:, None]
+        near = (lines >= -down) & (lines <= down) & (steps >= -across) & (steps <= across)
+        allowed = allowed & (near | (seen < 0)[None, :])
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if PENALTY:
         scores = tl.where(column[None, :] == row[:, None], scores - 1e5, scores)
@@ -61,8 +75,8 @@ def _scores(q, k, row, column, there, scale, CAUSAL: tl.constexpr, PENALTY: tl.c
 def _forward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, l_b, l_h, s_b, s_h, f_b, f_h,
-    length, heads, blocks, front, width, scale, threshold, factor,
-    HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
+    length, heads, blocks, front, width, scale, threshold, factor, in_front, columns, down, across,
+    HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr, GRID: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, pair, example, head = places(blocks, heads)
@@ -81,7 +95,9 @@ def _forward(
         near = tl.load(entries + number)
         column, there = _tokens(SOURCE, FILLED, first, filled, near, length, SIZE, TILE, HAS_SOURCE)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
-        scores, allowed = _scores(q, k, row, column, there, scale, CAUSAL, PENALTY, PRECISION)
+        scores, allowed = _scores(
+            q, k, row, column, there, scale, in_front, columns, down, across, CAUSAL, PENALTY, GRID, PRECISION
+        )
         probs, shrink, top, total = softmax_step(scores, allowed, top, total)
         if DROPOUT:
             keep = kept(row_lines, column_draws(draw, column + number * length), threshold)
@@ -100,8 +116,8 @@ def _backward(
     Q, K, V, LISTS, SOURCE, FILLED, SEED, OUT, LSE, GRAD, GLSE, DQ, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
     l_b, l_h, s_b, s_h, f_b, f_h,
-    length, heads, blocks, front, width, scale, plain_scale, threshold, factor,
-    HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr,
+    length, heads, blocks, front, width, scale, plain_scale, threshold, factor, in_front, columns, down, across,
+    HAS_SOURCE: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, PENALTY: tl.constexpr, GRID: tl.constexpr,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, pair, example, head = places(blocks, heads)
@@ -125,7 +141,9 @@ def _backward(
         near = tl.load(entries + number)
         column, there = _tokens(SOURCE, FILLED, first, filled, near, length, SIZE, TILE, HAS_SOURCE)
         k, v = load_rows(K, column, there, k_n, WIDTH), load_rows(V, column, there, v_n, WIDTH)
-        scores, allowed = _scores(q, k, row, column, there, scale, CAUSAL, PENALTY, PRECISION)
+        scores, allowed = _scores(
+            q, k, row, column, there, scale, in_front, columns, down, across, CAUSAL, PENALTY, GRID, PRECISION
+        )
         allowed = allowed & row_is_there[:, None]
         probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -169,6 +187,7 @@ def blocks_forward(
     front: int,
     causal: bool,
     exclude_self: bool,
+    grid: Sequence[int] | None,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +204,8 @@ def blocks_forward(
         front: blocks before the first one of `lists`.
         causal: no token attends one of a higher number.
         exclude_self: a token attends itself only where it may attend nothing else.
+        grid: tokens in front of a grid, its columns, and how many rows and columns away a token sees others, besides
+            those in front; None where blocks meet whole.
     """
     query, key, value = rows(query), rows(key), rows(value)
     batch, heads, length, width = query.shape
@@ -196,7 +217,7 @@ def blocks_forward(
         query, key, value, lists, source, filled, seed, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
         length, heads, lists.shape[2], front, lists.shape[3], scale * LOG2_E, *drop_limits(dropout_p),
-        source is not None, seed is not None, causal, exclude_self,
+        *(grid or _NO_GRID), source is not None, seed is not None, causal, exclude_self, grid is not None,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return out, lse
@@ -224,6 +245,7 @@ def blocks_backward(
     front: int,
     causal: bool,
     exclude_self: bool,
+    grid: Sequence[int] | None,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,8 +258,8 @@ def blocks_backward(
         query, key, value, lists, source, filled, seed, out, lse, grad, grad_lse.contiguous(), dq, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
         *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, lists.shape[2], front, lists.shape[3],
-        scale * LOG2_E, scale, *drop_limits(dropout_p),
-        source is not None, seed is not None, causal, exclude_self,
+        scale * LOG2_E, scale, *drop_limits(dropout_p), *(grid or _NO_GRID),
+        source is not None, seed is not None, causal, exclude_self, grid is not None,
         size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
@@ -255,7 +277,7 @@ def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
 
 @first_derivatives
 def _differentiate(ctx, grad, grad_lse):  # noqa: ANN001, ANN202
-    return *blocks_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 10
+    return *blocks_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.numbers), *(None,) * 11
 
 
 blocks_forward.register_autograd(_differentiate, setup_context=_setup)
@@ -273,19 +295,21 @@ def block_attention(
     front: int = 0,
     causal: bool = False,
     exclude_self: bool = False,
+    grid: Sequence[int] | None = None,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor] | None:
     """What `blocks_forward` gives, the logarithms natural.
 
-    None for sizes that there is no kernel for, and where torch is to be deterministic.
+    None for sizes that there is no kernel, or no room, for, and where torch is to be deterministic.
 
     Time O(blocks * entries * size^2), memory O(length) and the lists.
     """
-    if not takes(query, key, value) or size > 128 or torch.are_deterministic_algorithms_enabled():
+    largest = 128 if room.ROOM >= room.LARGE_BLOCKS else 64
+    if not takes(query, key, value) or size > largest or torch.are_deterministic_algorithms_enabled():
         return None
     seed = dropout_seed(dropout_p, query.device)
     tables = (lists.to(torch.int32), None if source is None else source.to(torch.int32), filled, seed)
-    shape = (size, front, causal, exclude_self, scale, dropout_p)
+    shape = (size, front, causal, exclude_self, grid, scale, dropout_p)
     out, lse = blocks_forward(query, key, value, *tables, *shape)
     return out, lse * LN_2

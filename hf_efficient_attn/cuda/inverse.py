@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
+from . import room
 from .operators import operator
 
 
@@ -120,8 +121,11 @@ def pinv_iterations(matrix: Tensor, start: Tensor, iterations: int) -> Tensor | 
         start: the first Z, likewise.
 
     Returns:
-        As `matrix`; None for so many landmarks as there is no kernel for.
+        As `matrix`; None for so many landmarks as there is no kernel, or no room, for.
 
     See `functional.nystrom.iterative_pinv`. Time O(iterations * landmarks^3) a matrix, each iterate kept for backward.
     """
-    return _inverse_op(matrix, start, iterations)[0] if matrix.shape[-1] in SIZES else None
+    size = matrix.shape[-1]
+    if size not in SIZES or (size == SIZES[-1] and room.ROOM < room.INVERSE):
+        return None
+    return _inverse_op(matrix, start, iterations)[0]

@@ -24,7 +24,18 @@ from .arithmetic import (
     split_tensor,
 )
 from .operators import operator
-from .tiles import contiguous, empty_like_rows, flags, load_biases, load_rows, load_split, offsets, places, rows
+from .tiles import (
+    contiguous,
+    empty_like_rows,
+    flags,
+    load_biases,
+    load_rows,
+    load_split,
+    offsets,
+    places,
+    rows,
+    tile_of_gradients,
+)
 
 
 @triton.jit
@@ -187,7 +198,7 @@ def mix_gradients(
     query_grad, delta = empty_like_rows(query), torch.empty_like(lse)
     if result.stride() != query_grad.stride():
         result = empty_like_rows(query).copy_(result)
-    tile = 128 if length > 64 else 64
+    tile = tile_of_gradients(length)
     grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
     outputs = (delta, query_grad, *strides, *query_grad.stride()[:3])
     arguments = (query, above, result, *shared, *outputs, *sizes, *numbers)

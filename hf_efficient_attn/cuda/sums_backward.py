@@ -26,7 +26,7 @@ from .arithmetic import (
     whole_factors,
 )
 from .operators import operator
-from .tiles import contiguous, empty_like_rows, flags, load_rows, load_split, offsets, places, rows
+from .tiles import contiguous, empty_like_rows, flags, load_rows, load_split, offsets, places, rows, tile_of_gradients
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def sum_gradients(
         "num_stages": 2 if width <= 64 else 1,
     }
     key_grad, value_grad = empty_like_rows(key), empty_like_rows(value)
-    tile = 128 if length > 64 else 64
+    tile = tile_of_gradients(length)
     grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
     outputs = (key_grad, value_grad, *strides, *key_grad.stride()[:3])
     _token_kernel[grid](*shared, *outputs, *sizes, *numbers, TILE=tile, num_warps=warps, **options)

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import room
 from .arithmetic import to_base_2
 
 
 HEAD_DIMS = (16, 32, 64, 128)
-"""Head sizes that the kernels are for."""
+"""Head sizes that the kernels are for; the last one where there is room."""
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -35,7 +36,14 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether the kernels are for heads of this size, all of one dtype."""
-    return first.shape[-1] in HEAD_DIMS and all(x.dtype == first.dtype for x in others)
+    width = first.shape[-1]
+    fits = width in HEAD_DIMS and (width <= 64 or room.ROOM >= room.WIDE)
+    return fits and all(x.dtype == first.dtype for x in others)
+
+
+def tile_of_gradients(length: int) -> int:
+    """Tokens of a program for gradients that go over all features."""
+    return 128 if length > 64 and room.ROOM >= room.LARGE_TILES else 64
 
 
 def precision(tensor: Tensor) -> str:

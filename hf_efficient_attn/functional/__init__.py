@@ -34,7 +34,8 @@ from .projected import projected_attention
 from .random_blocks import pick_random_blocks, random_draws
 from .sliding_window import sliding_window_allowed, sliding_window_attention
 from .tokens import TokenSlots, gather_tokens, replace_tokens, select_tokens
-from .window_flex import flex_sliding_window_attention, window_block_mask
+from .window_block_mask import window_block_mask
+from .window_flex import flex_sliding_window_attention
 
 
 __all__ = [

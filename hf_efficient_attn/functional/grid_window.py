@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from ..cpu import in_reach
 from .dropout_cpu import cpu_dropout_attention
+from .fused import fused
+from .grid_tiles import grid_tiles
 from .grid_window_cpu import cpu_grid_window
 from .inputs import check_qkv, count_blocks, masked_bias, zero_padding
 from .neighborhood import Neighborhood, make_neighborhood
@@ -55,9 +57,12 @@ def grid_window_attention(
     query, key, value = (zero_padding(x, key_padding_mask) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows = _global_rows(query[:, :, :num_global], key, value, key_padding_mask, scale, dropout_p)
-    on_cpu = query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
-    form = cpu_grid_window if on_cpu else _gathered
-    mixed = form(query, key, value, rows, key_padding_mask, shape, scale=scale, dropout_p=dropout_p)
+    options = {"scale": scale, "dropout_p": dropout_p}
+    mixed = _fused(query, key, value, rows, key_padding_mask, shape, **options)
+    if mixed is None:
+        on_cpu = query.device.type == "cpu" and dropout_p < 1.0 and not torch.compiler.is_compiling()
+        form = cpu_grid_window if on_cpu else _gathered
+        mixed = form(query, key, value, rows, key_padding_mask, shape, **options)
     return zero_padding(mixed, key_padding_mask)
 
 
@@ -97,6 +102,31 @@ def _global_rows(
     if 0.0 < dropout_p < 1.0 and in_reach(query) and not torch.is_autocast_enabled("cpu"):
         return cpu_dropout_attention(query * scale, key, value, bias, dropout_p)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    key_padding_mask: Tensor | None,
+    shape: Neighborhood,
+    **options: float,
+) -> Tensor | None:
+    """Tiles of queries against the tiles around them in one kernel of a GPU; None where there is none."""
+    kernel = fused("blocks", query)
+    if kernel is None:
+        return None
+    tiles, first = grid_tiles(shape, query.device), shape.num_global
+    used = tiles.used
+    if key_padding_mask is not None:
+        used = used & key_padding_mask[:, tiles.source[0, 0]][:, None]
+    near = (first, shape.grid[1], *shape.reach())
+    places = {"size": tiles.size, "front": tiles.front, "grid": near}
+    found = kernel(query, key, value, tiles.lists, tiles.source, used, **places, **options)
+    if found is None or first == 0:
+        return found and found[0]
+    return torch.cat([rows, found[0][:, :, first:]], dim=2)
 
 
 def _gathered(

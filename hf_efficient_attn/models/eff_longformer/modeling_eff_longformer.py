@@ -21,7 +21,7 @@ from ...encoder.tasks import (
     ForTokenClassification,
 )
 from ...functional.tokens import TokenSlots, select_tokens
-from ...functional.window_flex import window_block_mask
+from ...functional.window_block_mask import window_block_mask
 from .configuration_eff_longformer import EffLongformerConfig
 
 

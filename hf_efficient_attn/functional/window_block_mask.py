@@ -1,0 +1,184 @@
+"""Which blocks of keys a block of queries needs for windows and global tokens: flex_attention's tables."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from .inputs import count_blocks
+from .tokens import TokenSlots
+from .window import Window, head_dilations, keys_in_windows, make_window
+
+
+_BLOCK = 128  # of queries and of keys; flex_attention's own default
+
+
+def window_block_mask(
+    key: Tensor,
+    key_padding_mask: Tensor | None = None,
+    global_tokens: TokenSlots | None = None,
+    *,
+    radius: int,
+    dilation: int | Sequence[int] = 1,
+    causal: bool = False,
+) -> BlockMask:
+    """Which blocks of keys a block of queries needs, and the rule within them.
+
+    Of `key` `[batch, heads, length, head_dim]` only the shape and device count. Lists are made from the numbers of
+    blocks: memory O(length), time O(length), and in eager mode no more than once for each length where there is neither
+    padding nor a global token. Where gradients are enabled there are lists for a backward pass besides, O(length) too,
+    but with global tokens, which all blocks of queries need, O((length / 128)^2) numbers an example.
+    """
+    batch, heads, length = key.shape[:3]
+    window, dilations = make_window(radius, causal), head_dilations(dilation, heads)
+    shape = _Shape(window, dilations, length, key.device, torch.is_grad_enabled())
+    if global_tokens is not None and global_tokens.slots == 0:
+        global_tokens = None
+    if key_padding_mask is None and global_tokens is None:
+        capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        plain = _make if torch.compiler.is_compiling() or capturing else _kept
+        return plain(shape)
+    return _make(shape, keys_in_windows(key_padding_mask, global_tokens), global_tokens)
+
+
+class _Shape(NamedTuple):
+    """What a mask has besides tensors."""
+
+    window: Window
+    dilations: tuple[int, ...]
+    length: int
+    device: torch.device
+    with_gradients: bool
+
+    @property
+    def reach(self) -> int:
+        """The longest distance of neighbouring keys in a window."""
+        return max(self.dilations)
+
+
+@lru_cache(maxsize=16)
+def _kept(shape: _Shape) -> BlockMask:
+    # Training may use what an evaluation has made.
+    with torch.inference_mode(False):
+        return _make(shape)
+
+
+def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlots | None = None) -> BlockMask:
+    blocks = count_blocks(shape.length, _BLOCK)
+    number = torch.arange(blocks, device=shape.device)
+    window, reach = shape.window, shape.reach
+    # From a block of queries to one of keys, counted in blocks: the first and last that any window reaches into.
+    first, last = -((window.back * reach + _BLOCK - 1) // _BLOCK), (window.ahead * reach + _BLOCK - 1) // _BLOCK
+    if not torch.compiler.is_compiling():
+        first, last = max(first, 1 - blocks), min(last, blocks - 1)
+    step = torch.arange(first, last + 1, device=shape.device)
+    nearest, farthest = step * _BLOCK - (_BLOCK - 1), step * _BLOCK + (_BLOCK - 1)  # of any pair of their tokens
+    inside = (nearest >= -window.back) & (farthest <= window.ahead) & (reach == 1)
+    full = _by_block(torch.ones(1, shape.length, dtype=torch.bool, device=shape.device), blocks).all(dim=2)
+    if counted is not None:
+        full = _by_block(counted, blocks).all(dim=2)
+
+    def near(turn: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks as far from each block as `turn` times the steps: `[blocks, steps]`, which exist, which are whole."""
+        other = number[:, None] + turn * step
+        exists = (other >= 0) & (other < blocks)
+        other = other.clamp(0, blocks - 1)
+        keys = other if turn == 1 else number[:, None].expand_as(other)
+        return other.expand(full.shape[0], -1, -1), exists, exists & inside & full[:, keys]
+
+    keys, exists, whole = near(1)
+    partial = exists & ~whole
+    found = [(keys, partial)]
+    if global_tokens is not None:
+        found.append(_global_blocks(global_tokens, number, (first, last), window.causal))
+    tables = {"kv": _lists(*found), "full_kv": _lists((keys, whole))}
+    if shape.with_gradients:
+        queries, exists, whole = near(-1)
+        found = [(queries, exists & ~whole)]
+        if global_tokens is not None:
+            found.append(_blocks_for_globals(global_tokens, number, (first, last), window.causal))
+        tables |= {"q": _lists(*found), "full_q": _lists((queries, whole))}
+    if shape.device.type == "cpu":
+        # There the kernel takes lists only with room for all blocks.
+        tables = {name: (count, F.pad(x, (0, max(0, blocks - x.shape[3])))) for name, (count, x) in tables.items()}
+    empty = (None, None)
+    arguments = {}
+    for name in ("kv", "full_kv", "q", "full_q"):
+        arguments[f"{name}_num_blocks"], arguments[f"{name}_indices"] = tables.get(name, empty)
+    rule = _rule(shape, counted, global_tokens)
+    lengths = (shape.length, shape.length)
+    return BlockMask(seq_lengths=lengths, **arguments, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=rule)
+
+
+def _rule(shape: _Shape, counted: Tensor | None, global_tokens: TokenSlots | None) -> Callable[..., Tensor]:
+    """Which pairs of tokens count; only what there is is asked for each pair."""
+    window, causal = shape.window, shape.window.causal
+    # Tensors, because the kernel would be compiled again for each new number.
+    steps = torch.tensor(shape.dilations, device="cpu").to(shape.device, non_blocking=True)
+    before, after = -window.back * steps, window.ahead * steps
+    back, ahead = before[0], after[0]
+    is_global = None if global_tokens is None else global_tokens.mask
+
+    def in_window(h: Tensor, distance: Tensor) -> Tensor:
+        return (distance >= back) & (distance <= ahead)
+
+    def in_dilated_window(h: Tensor, distance: Tensor) -> Tensor:
+        return (distance >= before[h]) & (distance <= after[h]) & (distance % steps[h] == 0)
+
+    near = in_window if shape.reach == 1 else in_dilated_window
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        pair = near(h, k - q)
+        if counted is not None:
+            pair = pair & counted[b, k]
+        if is_global is not None:
+            pair = pair | is_global[b, k]
+            pair = pair & (k <= q) if causal else pair
+        return pair
+
+    return allowed
+
+
+def _global_blocks(
+    global_tokens: TokenSlots, number: Tensor, reach: tuple[int, int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Blocks of global tokens beyond the windows' reach, for each block of queries: `[batch, blocks, entries]`."""
+    blocks = number.shape[0]
+    has_global = _by_block(global_tokens.mask, blocks).any(dim=2)
+    # Those with a global token first; there are no more of them than slots.
+    found = has_global.int().argsort(dim=1, descending=True, stable=True)[:, : global_tokens.slots]
+    there = has_global.gather(1, found)[:, None]
+    distance = found[:, None] - number[:, None]
+    beyond = (distance < reach[0]) | ((distance > reach[1]) & (not causal))
+    return found[:, None].expand(-1, blocks, -1), there & beyond
+
+
+def _blocks_for_globals(
+    global_tokens: TokenSlots, number: Tensor, reach: tuple[int, int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The same turned round: all blocks of queries, and which of them each block of keys needs besides its own."""
+    has_global = _by_block(global_tokens.mask, number.shape[0]).any(dim=2)
+    distance = number[:, None] - number
+    beyond = (distance < reach[0]) | ((distance > reach[1]) & (not causal))
+    return number.expand(has_global.shape[0], number.shape[0], -1), has_global[:, :, None] & beyond
+
+
+def _by_block(mask: Tensor, blocks: int) -> Tensor:
+    """`[batch, length]` -> `[batch, blocks, _BLOCK]`, False after the end."""
+    return F.pad(mask, (0, blocks * _BLOCK - mask.shape[1])).unflatten(1, (blocks, _BLOCK))
+
+
+def _lists(*found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """How many blocks of each list count, and the blocks, those first: flex_attention's form.
+
+    Lists are `[batch, blocks, entries]`, each with which entries count.
+    """
+    batch = max(x.shape[0] for pair in found for x in pair if x.dim() == 3)
+    entry = torch.cat([x.expand(batch, -1, -1) for x, _ in found], dim=2)
+    counts = torch.cat([x.expand(batch, -1, -1) for _, x in found], dim=2)
+    order = counts.int().argsort(dim=2, descending=True, stable=True)
+    return counts.sum(dim=2, dtype=torch.int32)[:, None], entry.gather(2, order).to(torch.int32)[:, None]
