@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
         *tensors, num_landmarks=8, pinv_iterations=6, scale_per_matrix=True, **options
     ),
 }
+# Where no text is short, and where one of two is.
+FORMULAS |= {f"performer, {bound}": partial(FORMULAS["performer"], exact_below=bound) for bound in (97, 98)}
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +177,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._held.pop(key)
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("family", "overrides"), [*((family, {}) for family in FAMILIES), ("eff_performer", {"exact_below": 512})], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
-def test_memory_of_a_long_text(family: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_long_text(
+    family: str, overrides: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """States, queries that become results, keys and values, and what the kernels need besides for one head."""
     length, hidden = 16_384, 64
     monkeypatch.setattr(chunks, "TOKENS_AT_ONCE", 512)
@@ -184,7 +191,7 @@ def test_memory_of_a_long_text(family: str, padded: bool, monkeypatch: pytest.Mo
     for name in ("window_cpu", "favor_cpu"):
         monkeypatch.setattr(f"hf_efficient_attn.functional.{name}.CHUNK_BYTES", 2**16)
     sizes = {"hidden_size": hidden, "num_attention_heads": 8, "intermediate_size": 2 * hidden}
-    config = tiny_config(family, max_position_embeddings=length + 8, num_hidden_layers=2, **sizes)
+    config = tiny_config(family, max_position_embeddings=length + 8, num_hidden_layers=2, **sizes, **overrides)
     model, ids = model_class(family, "AutoModel")(config).eval(), random_ids(1, length)
     inputs = {"attention_mask": mask_of([length - 100], length)} if padded else {}
     if family == "eff_longformer" and not padded:

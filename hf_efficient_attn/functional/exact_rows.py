@@ -41,6 +41,7 @@ def attend_short_rows(
     value: Tensor,
     key_padding_mask: Tensor | None,
     exact_below: int,
+    overwrite: bool = False,
 ) -> Tensor:
     """`estimate`, but `exact` for each example of fewer than `exact_below` valid tokens.
 
@@ -52,6 +53,8 @@ def attend_short_rows(
         query, key, value: `[batch, heads, length, head_dim]`.
         key_padding_mask: `[batch, length]` bool, True = attend.
         exact_below: tokens.
+        overwrite: `estimate` may change the tensors it gets, which `exact` has read by then, and its result is written
+            into; there must be no graph.
 
     Returns:
         As `query`.
@@ -74,7 +77,7 @@ def attend_short_rows(
             return exact(*tensors, key_padding_mask)
     tokens = select_tokens(valid & short, slots)
     rows = exact(*(gather_tokens(x, tokens.index) for x in tensors), tokens.valid)
-    return replace_tokens(estimate(*tensors, key_padding_mask), rows, tokens)
+    return replace_tokens(estimate(*tensors, key_padding_mask), rows, tokens, overwrite)
 
 
 def join_short_rows(

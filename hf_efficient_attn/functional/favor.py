@@ -75,9 +75,9 @@ def performer_attention(
     if exact_below != 0:
         check_exact_kernel(exact_below, kernel, causal)
         shared = {"scale": scale, "dropout_p": dropout_p}
-        estimate = partial(performer_attention, projection=projection, kernel=kernel, **shared)
+        estimate = partial(performer_attention, projection=projection, kernel=kernel, overwrite=overwrite, **shared)
         exact = partial(padded_attention, **shared)
-        return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below)
+        return attend_short_rows(estimate, exact, query, key, value, key_padding_mask, exact_below, overwrite)
     features = make_feature_map(query, projection, kernel, scale)
     if kernel == "softmax" and not causal:
         mixed = _fused(query, key, value, key_padding_mask, projection, features.root, dropout_p)
