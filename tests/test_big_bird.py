@@ -18,8 +18,10 @@ from hf_efficient_attn.functional import (
     dense_execution,
     dropout_cpu,
     pick_random_blocks,
+    plan_big_bird,
     random_draws,
 )
+from hf_efficient_attn.functional.big_bird import big_bird_counts
 
 
 CPU = torch.device("cpu")
@@ -193,6 +195,55 @@ def test_wrong_arguments_of_the_formula_are_refused(options: dict[str, Any], mes
     assert big_bird_attention(*tensors, **good).shape == (2, 4, 9, 8)
     with pytest.raises(ValueError, match=message):
         big_bird_attention(*tensors, **{**good, **options})
+
+
+PATTERN = {"block_size": 2, "random_blocks": torch.zeros(1, 4, 5, 1).long()}
+MASK = mask_of([9, 5], 9).bool()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_global": 3}, {"global_ends": False}], ids=str)
+@pytest.mark.parametrize("mask", [None, MASK, MASK[1:]], ids=["whole", "padded", "one"])
+def test_a_plan_given_is_as_none(mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+    tensors, pattern = torch.randn(3, 2 if mask is None else len(mask), 4, 9, 8), {**PATTERN, **options}
+    plan = plan_big_bird(mask, 9, **pattern)
+    for dense in (False, True):
+        with dense_execution(dense):
+            found = big_bird_attention(*tensors, mask, plan=plan, **pattern)
+            assert torch.equal(found, big_bird_attention(*tensors, mask, **pattern))
+    assert torch.equal(
+        big_bird_counts(tensors[0], mask, plan=plan, **pattern), big_bird_counts(tensors[0], mask, **pattern)
+    )
+
+
+# Mask and length of the plan, what of its pattern is another, the mask of the call -> what is said to differ.
+WRONG_PLANS: dict[str, tuple[torch.Tensor | None, int, dict[str, Any], torch.Tensor | None, str]] = {
+    "length": (None, 10, {}, None, "length = 10, but this call has length = 9"),
+    "block size": (None, 9, {"block_size": 3}, None, "block_size = 3, but this call has block_size = 2"),
+    "global tokens": (None, 9, {"num_global": 3}, None, "tokens = 2, but this call has blocks of global tokens = 0"),
+    "mask": (MASK, 9, {}, None, "padding = True, but this call has padding = False"),
+    "no mask": (None, 9, {}, MASK, "padding = False, but this call has padding = True"),
+    "batch": (MASK[[0, 1, 1]], 9, {}, MASK, "own = 3, but this call has examples with padding of their own = 2"),
+    "one example": (MASK[1:], 9, {}, MASK, "own = 1, but this call has examples with padding of their own = 2"),
+    "several layers": (
+        None,
+        9,
+        {"random_blocks": torch.zeros(1, 8, 5, 1).long()},
+        None,
+        r"\[1, 8, 5, 1\], .* by_layer",
+    ),
+    "random blocks": (None, 9, {"random_blocks": torch.zeros(1, 4, 5, 2).long()}, None, r"= \[1, 4, 5, 2\], but"),
+    "ends": (None, 9, {"global_ends": False}, None, "global_ends = False, but this call has global_ends = True"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PLANS)
+def test_a_plan_of_other_inputs_is_refused(name: str) -> None:
+    mask, length, options, own, message = WRONG_PLANS[name]
+    tensors, plan = torch.randn(3, 2, 4, 9, 8), plan_big_bird(mask, length, **{**PATTERN, **options})
+    with pytest.raises(ValueError, match=message):
+        big_bird_attention(*tensors, own, plan=plan, **PATTERN)
+    with pytest.raises(ValueError, match=message):
+        big_bird_counts(tensors[0], own, plan=plan, **PATTERN)
 
 
 def test_global_attention_mask_is_refused() -> None:

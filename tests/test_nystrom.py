@@ -123,6 +123,45 @@ def test_wrong_options_are_refused(name: str) -> None:
             function(*qkv(1, 5), **{**options(2), name: 0})
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("length", [5, 8, 9, 40])
+def test_segments_given_are_as_none(length: int, side: str) -> None:
+    inputs, keep = qkv(3, length), paddings(3, length)[side]
+    segments = segment_landmarks(inputs[0], keep, 8)
+    assert torch.equal(
+        nystrom_attention(*inputs, keep, segments=segments, **options(8)),
+        nystrom_attention(*inputs, keep, **options(8)),
+    )
+
+
+# Batch (None: without a mask), length and landmarks of the segments, whether the call has a mask -> what differs.
+WRONG_SEGMENTS: dict[str, tuple[int | None, int, int, bool, str]] = {
+    "length": (3, 41, 8, True, "length = 41, but this call has length = 40"),
+    "landmarks": (3, 40, 4, True, "num_landmarks = 4, but this call has num_landmarks = 8"),
+    "batch": (2, 40, 8, True, "own = 2, but this call has examples with padding of their own = 3"),
+    "mask": (3, 40, 8, False, "own = 3, but this call has examples with padding of their own = 1"),
+    "no mask": (None, 40, 8, True, "own = 1, but this call has examples with padding of their own = 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SEGMENTS)
+def test_segments_of_other_inputs_are_refused(name: str) -> None:
+    batch, length, landmarks, padded, message = WRONG_SEGMENTS[name]
+    mask = None if batch is None else torch.ones(batch, length, dtype=torch.bool)
+    segments = segment_landmarks(torch.empty(batch or 3, 1, length, 1), mask, landmarks)
+    keep = torch.ones(3, 40, dtype=torch.bool) if padded else None
+    with pytest.raises(ValueError, match=message):
+        nystrom_attention(*qkv(3, 40), keep, segments=segments, **options(8))
+
+
+def test_segments_of_a_whole_text_are_none_of_a_padded_one() -> None:
+    """Also where there is one, so that their shape is that of any."""
+    inputs, keep = qkv(1, 40), torch.arange(40)[None] < 30
+    segments = segment_landmarks(inputs[0], None, 8)
+    with pytest.raises(ValueError, match="padding = False, but this call has padding = True"):
+        nystrom_attention(*inputs, keep, segments=segments, **options(8))
+
+
 @pytest.mark.parametrize("function", [nystrom_attention, lambda *x, **kwargs: dense_nystrom_attention(*x, **kwargs)[0]])
 def test_autocast_does_not_reach_the_inverse(function: Callable[..., Tensor]) -> None:
     inputs = [x.detach() for x in qkv(2, 60, torch.float32)]

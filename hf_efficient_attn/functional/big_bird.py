@@ -89,7 +89,8 @@ def big_bird_attention(
         `[batch, heads, length, head_dim]`, 0 at padding.
 
     Raises:
-        ValueError: shapes that do not fit, a block size below 1, fewer rows than the text has blocks.
+        ValueError: shapes that do not fit, a block size below 1, fewer rows than the text has blocks, a plan whose
+            shapes are those of other arguments.
 
     Zaheer et al. 2020, arXiv 2007.14062. Time O(length * (block_size * (5 + count) + num_global)), memory the same
     or, on a CPU, O(length); inputs that the blocks cover for the most part are computed as one matrix with a mask
@@ -98,6 +99,7 @@ def big_bird_attention(
     """
     check_qkv(query, key, value, key_padding_mask)
     _check_pattern(query, block_size, random_blocks, num_global)
+    _check_plan(plan, query, key_padding_mask, block_size, random_blocks, num_global, global_ends)
     rows, count = random_blocks.shape[2:]
     if dense_is_on() and count == 0 and rows <= blocks_in_reach(global_ends):
         return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
@@ -139,9 +141,11 @@ def big_bird_counts(
 ) -> Tensor:
     """How often `big_bird_attention` counts a key for a query: int64 `[batch or 1, heads, length, length]`.
 
-    Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Memory O(heads * length^2).
+    Of `query` `[batch, heads, length, head_dim]` only the shape and device count. Errors as there. Memory
+    O(heads * length^2).
     """
     _check_pattern(query, block_size, random_blocks, num_global)
+    _check_plan(plan, query, key_padding_mask, block_size, random_blocks, num_global, global_ends)
     if plan is None:
         shape = {"block_size": block_size, "num_global": num_global, "global_ends": global_ends}
         plan = plan_big_bird(key_padding_mask, query.shape[2], random_blocks=random_blocks, **shape)
@@ -206,6 +210,39 @@ def _check_pattern(query: Tensor, block_size: int, random_blocks: Tensor, num_gl
             f"random_blocks has {rows} rows, but {length - num_global} tokens in blocks of {block_size} need "
             f"{-(-(length - num_global) // block_size)}; fill up with rows of -1."
         )
+
+
+def _check_plan(
+    plan: BigBirdPlan | None,
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    block_size: int,
+    random_blocks: Tensor,
+    num_global: int,
+    global_ends: bool,
+) -> None:
+    """Raises `ValueError` for a plan of other arguments, as far as shapes tell; in a graph they are not known."""
+    if plan is None or torch.compiler.is_compiling():
+        return
+    layout, is_padded = plan.layout, key_padding_mask is not None
+    others = layout.global_blocks + plan.random_blocks.shape[3]
+    facts = (
+        ("length", layout.place.shape[1], query.shape[2]),
+        ("block_size", layout.size, block_size),
+        ("blocks of global tokens", layout.global_blocks, -(-num_global // block_size)),
+        ("padding", not layout.is_plain, is_padded or num_global > 0),
+        ("examples with padding of their own", layout.place.shape[0], query.shape[0] if is_padded else 1),
+        ("shape of random_blocks", list(plan.random_blocks.shape), list(random_blocks.shape)),
+        # A block's own and its two neighbours, and with `global_ends` the first and the last one.
+        ("global_ends", plan.lists.shape[3] - others > 3, global_ends),
+    )
+    for name, made, given in facts:
+        if made != given:
+            raise ValueError(
+                f"plan was made for {name} = {made}, but this call has {name} = {given}: a plan is for inputs of one "
+                "length, padding and pattern. Give what plan_big_bird makes of this call's arguments (for several "
+                "layers at once: one of its by_layer), or no plan."
+            )
 
 
 def blocks_in_reach(global_ends: bool) -> int:

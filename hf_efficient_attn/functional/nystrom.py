@@ -151,6 +151,29 @@ def _check_options(num_landmarks: int, pinv_iterations: int | None) -> None:
         raise ValueError(f"pinv_iterations = {pinv_iterations}: give 1 or more, or None to solve exactly.")
 
 
+def _check_segments(
+    segments: Landmarks | None, query: Tensor, key_padding_mask: Tensor | None, num_landmarks: int
+) -> None:
+    """Raises `ValueError` for segments of other inputs, as far as shapes tell; in a graph they are not known."""
+    if segments is None or torch.compiler.is_compiling():
+        return
+    is_padded = key_padding_mask is not None
+    facts = [
+        ("length", segments.segment.shape[1], query.shape[2]),
+        ("num_landmarks", segments.sizes.shape[1], num_landmarks),
+        ("examples with padding of their own", segments.segment.shape[0], query.shape[0] if is_padded else 1),
+    ]
+    if is_padded:
+        # With a mask there may always be segments without a token.
+        facts.append(("padding", segments.filled is not None, True))
+    for name, made, given in facts:
+        if made != given:
+            raise ValueError(
+                f"segments were made for {name} = {made}, but this call has {name} = {given}: they are for inputs of "
+                "one length and padding. Give what segment_landmarks makes of this call's arguments, or no segments."
+            )
+
+
 def _kernels(
     query: Tensor,
     key: Tensor,
@@ -279,13 +302,15 @@ def nystrom_attention(
         As `query`, 0 at padding.
 
     Raises:
-        ValueError: shapes that do not fit, landmarks or iterations below 1.
+        ValueError: shapes that do not fit, landmarks or iterations below 1, segments whose shapes are those of other
+            inputs.
 
     Xiong et al. 2021, arXiv 2102.03902. There is no causal form: every landmark is a mean over the whole text.
     Time O(length * landmarks + iterations * landmarks^3), memory O(length) without dropout, O(length * landmarks) with.
     """
     check_qkv(query, key, value, key_padding_mask)
     _check_options(num_landmarks, pinv_iterations)
+    _check_segments(segments, query, key_padding_mask, num_landmarks)
     if dense_is_on() and query.shape[2] <= num_landmarks:
         # No example has more tokens than landmarks.
         return padded_attention(query, key, value, key_padding_mask, scale=scale, dropout_p=dropout_p)
