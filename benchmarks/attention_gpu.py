@@ -5,11 +5,13 @@
 
 12 heads of 64, 65,536 tokens a pass, shorter texts in larger batches; all in one process and in turns, medians. Options
 as in `attention_alone.py`: a window of 512; blocks of 64 with 3 random ones, prepared before, as a model does it once
-for all layers; 64 landmarks; 256 features; chunks of 64 with the one before, hashing and sorting included. "Flash" is
+for all layers; 64 landmarks; 256 features; chunks of 64 with the one before, hashing and sorting included; on a grid as
+nearly square as the length allows, windows of 15 by 15 patches. "Flash" is
 `torch.nn.functional.scaled_dot_product_attention`, which chooses among torch's fused kernels. "Torch alone" is the same
 mechanism under `fused_kernels(False)`, forward and backward.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from hf_efficient_attn.bench import (
 
 
 HEADS, WIDTH, RADIUS, BLOCK, RANDOM, LANDMARKS, FEATURES, CHUNK = 12, 64, 256, 64, 3, 64, 256, 64
+PATCHES = 7  # on each side
 DROPOUT = 0.1
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -53,6 +56,8 @@ def mechanisms(length: int, device: torch.device) -> dict[str, Attend]:
     rotations = functional.hash_rotations(0, 0, 0, **shape, device=device)
     chunks = {"chunk_length": CHUNK, "chunks_before": 1, "chunks_after": 0, "causal": False}
     chunks |= {"released": True, "exclude_self": True}
+    rows = max(x for x in range(1, math.isqrt(length) + 1) if length % x == 0)
+    grid = {"grid": (rows, length // rows), "radius": PATCHES}
 
     def lsh(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         buckets = functional.hash_buckets(query, rotations, factors, sizes)
@@ -71,6 +76,7 @@ def mechanisms(length: int, device: torch.device) -> dict[str, Attend]:
             q, k, v, dropout_p=p, projection=projection.to(q.dtype)
         ),
         "lsh": lsh,
+        "neighborhood": lambda q, k, v, p: functional.grid_window_attention(q, k, v, dropout_p=p, **grid),
     }
 
 
@@ -134,7 +140,7 @@ def main(
     for number in numbers:
         count = tokens or (1024 if quick else 65536)
         lines += measure(number, count, torch.device(device), getattr(torch, dtype), repeats)
-        typer.echo("\n".join(lines[-6:]), err=True)
+        typer.echo("\n".join(lines[-7:]), err=True)
     lines += ["", environment_line("python benchmarks/attention_gpu.py", sys.argv[1:], None, device)]
     typer.echo("\n".join(lines))
     if out is not None:

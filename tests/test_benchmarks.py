@@ -9,15 +9,18 @@ from test_bench import finished, run_script, script
 from hf_efficient_attn.bench import MIB, Case, ModelSize
 
 
-def test_the_attention_alone_runs_against_its_products(tmp_path: Path) -> None:
-    result = run_script("attention_alone", tmp_path, "--quick", "--out", "r.md")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_attention_alone_runs_against_its_products(dtype: str, tmp_path: Path) -> None:
+    result = run_script("attention_alone", tmp_path, "--quick", "--dtype", dtype, "--out", "r.md")
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "r.md").read_text()
     for name in ("softmax", "longformer", "big_bird", "nystromformer", "performer", "lsh"):
         assert f"| {name} | " in text
-    assert "hashing" in text and "gathering" in text
+    assert "hashing" in text and "gathering" in text and f"batch 1, {dtype}: ms" in text
     wrong = run_script("attention_alone", tmp_path, "--length", "1000")
     assert wrong.returncode == 1 and "--length is 1000" in wrong.stderr
+    wrong = run_script("attention_alone", tmp_path, "--dtype", "float16")
+    assert wrong.returncode == 1 and "--dtype is 'float16'" in wrong.stderr
 
 
 def test_the_attention_on_a_gpu_runs_on_a_cpu_for_a_trial(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_the_attention_on_a_gpu_runs_on_a_cpu_for_a_trial(tmp_path: Path) -> Non
     result = run_script("attention_gpu", tmp_path, *options, "--out", "r.md")
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "r.md").read_text()
-    for name in ("flash", "longformer", "big_bird", "nystromformer", "performer", "lsh"):
+    for name in ("flash", "longformer", "big_bird", "nystromformer", "performer", "lsh", "neighborhood"):
         assert f"| 512 | {name} | " in text
     wrong = run_script("attention_gpu", tmp_path, "--device", "cpu", "--lengths", "100")
     assert wrong.returncode == 1 and "no multiple of 64" in wrong.stderr
@@ -37,7 +40,7 @@ def test_the_attention_on_a_gpu_runs_on_a_cpu_for_a_trial(tmp_path: Path) -> Non
 def test_products_are_those_of_the_pairs() -> None:
     """Multiply-adds of the products, counted by torch, are those of the pairs that each mask admits."""
     module, length = script("attention_alone"), 1024
-    rows = module.mechanisms(length)
+    rows = module.mechanisms(length, torch.float32)
     pairs = {
         "softmax": length**2,
         "longformer": length * 513,
@@ -49,7 +52,7 @@ def test_products_are_those_of_the_pairs() -> None:
         for part in rows[name].products:
             if isinstance(part, module.Pairs):
                 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-                    part.run(False)()
+                    part.run(False, torch.float32)()
                 done += counter.get_total_flops() // 2
         assert done == 2 * count * module.WIDTH, name
     products = [part for part in rows["performer"].products if isinstance(part, module.Product)]
@@ -59,7 +62,7 @@ def test_products_are_those_of_the_pairs() -> None:
         flops = []
         for backward in (False, True):
             with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-                part.run(backward)()
+                part.run(backward, torch.float32)()
             flops.append(counter.get_total_flops())
         assert flops[1] == (1 + getattr(part, "gradients", 2)) * flops[0]
 

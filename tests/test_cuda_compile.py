@@ -15,11 +15,11 @@ from hf_efficient_attn.cuda import room
 
 KERNELS = {
     "blocks": ("_forward", "_backward"),
-    "features_forward": ("_sum_kernel", "_mix_kernel"),
+    "features_forward": ("_sum_kernel", "_join_kernel", "_mix_kernel"),
     "inverse": ("_forward_kernel", "_backward_kernel"),
     "mix_backward": ("_token_kernel", "_feature_kernel"),
     "nearby": ("_convolve", "_kernel_gradients"),
-    "segments": ("_segment_kernel",),
+    "segments": ("_segment_kernel", "_spread_kernel"),
     "sums_backward": ("_token_kernel", "_weight_kernel"),
     "window": ("_forward", "_queries", "_keys"),
 }

@@ -7,7 +7,7 @@ from .blocks import block_attention
 from .features import feature_mix, feature_sums
 from .inverse import pinv_iterations
 from .nearby import add_nearby
-from .room import NARROW, ROOM
+from .room import NARROW, has_room
 from .segments import segment_means
 from .window import window_attention
 
@@ -21,5 +21,5 @@ FUSED: dict[str, Callable[..., Any]] = {
     "segment_means": segment_means,
     "window": window_attention,
 }
-if ROOM < NARROW:
+if not has_room(NARROW):
     FUSED.clear()

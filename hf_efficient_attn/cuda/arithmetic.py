@@ -144,12 +144,23 @@ def split_tensor(tensor: Tensor) -> tuple[Tensor, Tensor]:
     high = tensor.to(torch.bfloat16).contiguous()
     if tensor.dtype == torch.bfloat16:
         return high, high
-    return high, (tensor.float() - high.float()).to(torch.bfloat16).contiguous()
+    # In float32, and rounded as it is written: for the small tensors that this is for, the number of launches counts.
+    return high, torch.sub(tensor, high, out=torch.empty_like(high))
+
+
+def ceil_div(number: int, size: int) -> int:
+    """How many of that size hold so many. Triton's own takes microseconds on the host, and a step has dozens."""
+    return -(-number // size)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest one that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def block_of(features: int) -> int:
     """Features at a time: 64, or as few as hold them all and a tensor core takes."""
-    return min(64, max(16, triton.next_power_of_2(features)))
+    return min(64, max(16, power_of_2(features)))
 
 
 def share_out(length: int, tile: int, others: int) -> tuple[int, int]:
@@ -158,7 +169,7 @@ def share_out(length: int, tile: int, others: int) -> tuple[int, int]:
     No more chunks than keep a GPU busy: each has sums of its own, which are added up afterwards. In a fixed order, so
     that results are the same each time.
     """
-    tiles = triton.cdiv(length, tile)
-    chunks = max(1, min(tiles, triton.cdiv(PROGRAMS, max(1, others))))
-    size = triton.cdiv(tiles, chunks) * tile
-    return triton.cdiv(length, size), size
+    tiles = ceil_div(length, tile)
+    chunks = max(1, min(tiles, ceil_div(PROGRAMS, max(1, others))))
+    size = ceil_div(tiles, chunks) * tile
+    return ceil_div(length, size), size

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from . import room
 from .arithmetic import (
     LN_2,
     LOG2_E,
@@ -22,12 +21,14 @@ from .arithmetic import (
     draw_key,
     drop_limits,
     kept,
+    power_of_2,
     row_draws,
     rowwise,
     softmax_step,
     to_base_2,
 )
 from .operators import operator
+from .room import LARGE_BLOCKS, has_room
 from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
@@ -171,7 +172,7 @@ def _steps(*tables: Tensor | None) -> tuple[int, ...]:
 
 
 def _tile(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 @operator("blocks_forward")
@@ -305,7 +306,7 @@ def block_attention(
 
     Time O(blocks * entries * size^2), memory O(length) and the lists.
     """
-    largest = 128 if room.ROOM >= room.LARGE_BLOCKS else 64
+    largest = 128 if has_room(LARGE_BLOCKS) else 64
     if not takes(query, key, value) or size > largest or torch.are_deterministic_algorithms_enabled():
         return None
     seed = dropout_seed(dropout_p, query.device)

@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import (
+    LN_2,
     LOG2_E,
     block_of,
+    ceil_div,
     column_draws,
     draw_key,
     drop_limits,
@@ -26,6 +28,7 @@ from .tiles import contiguous, empty_like_rows, flags, load_biases, load_rows, l
 
 
 _TILE = 64  # tokens at a time in the sums, where features are the rows
+_JOINED = 16  # features at a time where sums of chunks are added up
 
 
 @triton.jit
@@ -138,6 +141,35 @@ def _mix_kernel(
     tl.store(target, acc.to(result.dtype.element_ty), mask=exists[:, None])
 
 
+@triton.jit
+def _join_kernel(
+    sums, ones, tops, all_sums, all_ones, all_tops,
+    features, chunks, natural,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of all chunks of a head, for one block of features, from each chunk's own and its largest logarithm."""
+    blocks = tl.cdiv(features, BLOCK)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    f = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = f < features
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for chunk in range(0, chunks):
+        row = (group * chunks + chunk) * features + f
+        top = tl.maximum(top, tl.load(tops + row, mask=inside, other=float("-inf")))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for chunk in range(0, chunks):
+        row = (group * chunks + chunk) * features + f
+        share = tl.exp2(tl.load(tops + row, mask=inside, other=float("-inf")) - top)
+        total += share * tl.load(ones + row, mask=inside, other=0.0)
+        acc += share[:, None] * load_rows(sums, row, inside, WIDTH, WIDTH)
+    row = group * features + f
+    tl.store(all_tops + row, top * natural, mask=inside)
+    tl.store(all_ones + row, total, mask=inside)
+    tl.store(all_sums + offsets(row, WIDTH, WIDTH), acc, mask=inside[:, None])
+
+
 def sum_over_keys(
     key: Tensor,
     value: Tensor,
@@ -155,7 +187,7 @@ def sum_over_keys(
     batch, heads, length, width = key.shape
     features, groups = weights.shape[-2], batch * heads
     block = block_of(features)
-    blocks = triton.cdiv(features, block)
+    blocks = ceil_div(features, block)
     chunks, chunk_size = share_out(length, _TILE, groups * blocks)
     sums = torch.empty(batch, heads, chunks, features, width, dtype=torch.float32, device=key.device)
     ones, tops = (torch.empty(sums.shape[:-1], dtype=torch.float32, device=key.device) for _ in range(2))
@@ -188,10 +220,13 @@ def sum_over_keys(
         num_warps=4,
         num_stages=2,
     )
-    top = tops.amax(dim=2)
-    top.masked_fill_(top == -torch.inf, 0.0)
-    share = torch.exp2(tops - top[:, :, None])
-    return (sums * share[..., None]).sum(dim=2), (ones * share).sum(dim=2), top / LOG2_E
+    found = sums.new_empty(batch, heads, features, width)
+    lines = [sums.new_empty(batch, heads, features) for _ in range(2)]
+    grid = (groups * ceil_div(features, _JOINED),)
+    _join_kernel[grid](
+        sums, ones, tops, found, *lines, features, chunks, LN_2, WIDTH=width, BLOCK=_JOINED, num_warps=4, num_stages=1
+    )
+    return found, *lines
 
 
 def mix_for_queries(
@@ -213,7 +248,7 @@ def mix_for_queries(
     tile = 128 if length > 64 else 64
     result = empty_like_rows(query)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    _mix_kernel[(groups * triton.cdiv(length, tile),)](
+    _mix_kernel[(groups * ceil_div(length, tile),)](
         query,
         *contiguous(keep),
         *split_tensor(weights),

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from . import room
 from .operators import operator
+from .room import INVERSE, has_room
 
 
 SIZES = (16, 32, 64)
@@ -126,6 +126,6 @@ def pinv_iterations(matrix: Tensor, start: Tensor, iterations: int) -> Tensor | 
     See `functional.nystrom.iterative_pinv`. Time O(iterations * landmarks^3) a matrix, each iterate kept for backward.
     """
     size = matrix.shape[-1]
-    if size not in SIZES or (size == SIZES[-1] and room.ROOM < room.INVERSE):
+    if size not in SIZES or (size == SIZES[-1] and not has_room(INVERSE)):
         return None
     return _inverse_op(matrix, start, iterations)[0]

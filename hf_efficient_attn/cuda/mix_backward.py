@@ -10,6 +10,7 @@ from torch import Tensor
 from .arithmetic import (
     LOG2_E,
     block_of,
+    ceil_div,
     column_draws,
     draw_key,
     drop_limits,
@@ -199,11 +200,11 @@ def mix_gradients(
     if result.stride() != query_grad.stride():
         result = empty_like_rows(query).copy_(result)
     tile = tile_of_gradients(length)
-    grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
+    grid, warps = (groups * ceil_div(length, tile),), tile // 16
     outputs = (delta, query_grad, *strides, *query_grad.stride()[:3])
     arguments = (query, above, result, *shared, *outputs, *sizes, *numbers)
     _token_kernel[grid](*arguments, TILE=tile, num_warps=warps, **options)
-    blocks = triton.cdiv(features, block)
+    blocks = ceil_div(features, block)
     chunks, chunk_size = share_out(length, 64, groups * blocks)
     shape = (batch, heads, chunks, features)
     lines = [torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2)]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import share_out
+from .arithmetic import ceil_div, share_out
 from .operators import operator
 from .tiles import empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
@@ -80,7 +80,7 @@ def _launch(value: Tensor, weight: Tensor, base: Tensor | None, keep: Tensor | N
     batch, heads, length, width = value.shape
     out = empty_like_rows(value)
     steps = (value if base is None else base).stride()[:3]
-    _convolve[(triton.cdiv(length, _TILE) * batch * heads,)](
+    _convolve[(ceil_div(length, _TILE) * batch * heads,)](
         value, weight, base, keep, out, *value.stride()[:3], *steps, *out.stride()[:3], length, heads, weight.shape[1],
         base is not None, keep is not None, flipped, width, _TILE, _SPAN, precision(value), num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -34,3 +34,8 @@ ROOM = least(
     [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())], torch.version.hip is None
 )
 """The least that any GPU of this machine has."""
+
+
+def has_room(size: int) -> bool:
+    """Whether kernels may take so much."""
+    return size <= ROOM

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import block_of, share_out
+from .arithmetic import block_of, ceil_div, share_out
 from .operators import operator
-from .tiles import empty_like_rows, load_rows, offsets, places, rows, takes
+from .tiles import contiguous, empty_like_rows, load_rows, offsets, places, rows, takes
 
 
 _TILE = 64
@@ -46,13 +46,31 @@ def _segment_kernel(
     tl.store(sums + offsets(row, WIDTH, WIDTH), acc, mask=(s < landmarks)[:, None])
 
 
+@triton.jit
+def _spread_kernel(
+    grad, segment, sizes, target,
+    target_batch, target_head, target_token, segment_batch, sizes_batch,
+    heads, length, landmarks,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What a tile of tokens of one head gets of its segments' gradients."""
+    tile, group, batch, head = places(tl.cdiv(length, TILE), heads)
+    t = tile * TILE + tl.arange(0, TILE)
+    own = tl.load(segment + batch * segment_batch + t, mask=t < length, other=landmarks).to(tl.int32)
+    there = own < landmarks
+    size = tl.load(sizes + batch * sizes_batch + own, mask=there, other=1.0)
+    share = load_rows(grad, group * landmarks + own, there, WIDTH, WIDTH) / size[:, None]
+    place = target + batch * target_batch + head * target_head + offsets(t, target_token, WIDTH)
+    tl.store(place, share.to(target.dtype.element_ty), mask=(t < length)[:, None])
+
+
 @operator("segment_means")
 def _means_op(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
     tensor, segment = rows(tensor), segment.contiguous()
     batch, heads, length, width = tensor.shape
     landmarks = sizes.shape[1]
     block = block_of(landmarks)
-    blocks = triton.cdiv(landmarks, block)
+    blocks = ceil_div(landmarks, block)
     chunks, chunk_size = share_out(length, _TILE, batch * heads * blocks)
     sums = torch.empty(batch, heads, chunks, landmarks, width, dtype=torch.float32, device=tensor.device)
     _segment_kernel[(batch * heads * chunks * blocks,)](
@@ -85,12 +103,15 @@ def _(tensor: Tensor, segment: Tensor, sizes: Tensor) -> Tensor:
 @operator("segment_means_backward")
 def _spread_op(grad: Tensor, segment: Tensor, sizes: Tensor, like: Tensor) -> Tensor:
     """The gradient of each token: its segment's, shared out among its tokens; 0 at padding."""
+    grad, segment, sizes = contiguous(grad, segment, sizes)
     batch, heads, landmarks, width = grad.shape
-    shares = torch.zeros(batch, landmarks + 1, heads, width, dtype=like.dtype, device=grad.device)
-    shares[:, :landmarks] = (grad / sizes[:, None]).transpose(1, 2)
-    first = torch.arange(batch, device=grad.device)[:, None] * (landmarks + 1)
-    spread = shares.flatten(2).flatten(0, 1).index_select(0, (segment + first).flatten())
-    return spread.view(batch, -1, heads, width).transpose(1, 2)
+    found, length = empty_like_rows(like), like.shape[2]
+    steps = (length if segment.shape[0] > 1 else 0, landmarks if sizes.shape[0] > 1 else 0)
+    _spread_kernel[(batch * heads * ceil_div(length, _TILE),)](
+        grad, segment, sizes, found, *found.stride()[:3], *steps, heads, length, landmarks,
+        WIDTH=width, TILE=_TILE, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return found
 
 
 @_spread_op.register_fake

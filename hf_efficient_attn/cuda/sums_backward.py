@@ -10,6 +10,7 @@ from torch import Tensor
 from .arithmetic import (
     LOG2_E,
     block_of,
+    ceil_div,
     column_draws,
     draw_key,
     drop_limits,
@@ -191,12 +192,12 @@ def sum_gradients(
     }
     key_grad, value_grad = empty_like_rows(key), empty_like_rows(value)
     tile = tile_of_gradients(length)
-    grid, warps = (groups * triton.cdiv(length, tile),), tile // 16
+    grid, warps = (groups * ceil_div(length, tile),), tile // 16
     outputs = (key_grad, value_grad, *strides, *key_grad.stride()[:3])
     _token_kernel[grid](*shared, *outputs, *sizes, *numbers, TILE=tile, num_warps=warps, **options)
     if not want_weights:
         return key_grad, value_grad, weights.new_empty(0)
-    blocks = triton.cdiv(features, block)
+    blocks = ceil_div(features, block)
     chunks, chunk_size = share_out(length, 64, groups * blocks)
     found = torch.empty(batch, heads, chunks, features, width, dtype=torch.float32, device=key.device)
     grid, sizes = (groups * chunks * blocks,), (*sizes, chunks, chunk_size)

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import room
 from .arithmetic import to_base_2
+from .room import LARGE_TILES, WIDE, has_room
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -37,13 +37,13 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether the kernels are for heads of this size, all of one dtype."""
     width = first.shape[-1]
-    fits = width in HEAD_DIMS and (width <= 64 or room.ROOM >= room.WIDE)
+    fits = width in HEAD_DIMS and (width <= 64 or has_room(WIDE))
     return fits and all(x.dtype == first.dtype for x in others)
 
 
 def tile_of_gradients(length: int) -> int:
     """Tokens of a program for gradients that go over all features."""
-    return 128 if length > 64 and room.ROOM >= room.LARGE_TILES else 64
+    return 128 if length > 64 and has_room(LARGE_TILES) else 64
 
 
 def precision(tensor: Tensor) -> str:

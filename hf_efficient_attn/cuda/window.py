@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu import first_derivatives
-from .arithmetic import LOG2_E, column_draws, draw_key, drop_limits, kept, row_draws, rowwise, softmax_step
+from .arithmetic import LOG2_E, ceil_div, column_draws, draw_key, drop_limits, kept, row_draws, rowwise, softmax_step
 from .operators import operator
 from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
@@ -231,7 +231,7 @@ def window_forward(
     out, lse = empty_like_rows(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     slots = 0 if global_key is None else global_key.shape[2]
     block_q, block_k, warps, stages = FORWARD
-    _forward[(triton.cdiv(length, block_q) * batch * heads,)](
+    _forward[(ceil_div(length, block_q) * batch * heads,)](
         query, key, value, *contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         length, heads, slots, back, ahead, scale * LOG2_E, *drop_limits(dropout_p),
@@ -279,7 +279,7 @@ def window_backward(
     numbers = (back, ahead, scale * LOG2_E, scale, *drop_limits(dropout_p))
     given = (counted is not None, valid is not None, seed is not None)
     block_q, block_k, warps, stages = QUERIES
-    _queries[(triton.cdiv(length, block_q) * batch * heads,)](
+    _queries[(ceil_div(length, block_q) * batch * heads,)](
         query, key, value, *contiguous(global_key, global_value, global_index, global_valid), counted, valid, seed,
         out, lse, grad, delta, dq, dgk, dgv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
@@ -287,7 +287,7 @@ def window_backward(
         width, block_q, block_k, _GLOBAL, precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_q, block_k, warps, stages = KEYS
-    _keys[(triton.cdiv(length, block_k) * batch * heads,)](
+    _keys[(ceil_div(length, block_k) * batch * heads,)](
         query, key, value, counted, valid, seed, lse, grad, delta, dk, dv,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3], *dk.stride()[:3],
         *shape, *numbers, *given, width, block_q, block_k, precision(query), num_warps=warps, num_stages=stages,
