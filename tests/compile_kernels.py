@@ -91,6 +91,9 @@ def run(dtype: torch.dtype, dropout_p: float, padded: bool) -> None:
             "grid": (1, 23, 3, 3),
         }
         results.append(FUSED["blocks"](query, key, value, lists, *tables, **shape)[0])
+    if padded and capability == 90:
+        wide = [leaf(1, length, heads, 128).transpose(1, 2) for _ in range(3)]
+        results.append(FUSED["blocks"](*wide, lists, None, None, size=128, scale=0.125, dropout_p=dropout_p)[0])
     weights, table = leaf(1, heads, 64, 64, kind=torch.float32), leaf(1, heads, 64, 64, kind=torch.float32)
     options = {"root": 1.0, "dropout_p": dropout_p, "precise": padded}
     sums, ones, _ = FUSED["feature_sums"](key, value, weights, keep, half_norm=not padded, **options)

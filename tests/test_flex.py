@@ -10,6 +10,7 @@ from test_families import TEXT_FAMILIES, build
 from test_mechanisms import build as build_mechanism
 from test_mechanisms import states_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_efficient_attn.attention import ATTENTIONS
@@ -136,6 +137,10 @@ def test_masks_of_shape_alone_are_kept() -> None:
     for other in ({"radius": 21}, {"radius": 20, "causal": True}, {"radius": 20, "dilation": 2}):
         assert window_block_mask(key, **other) is not first
     assert window_block_mask(key[:, :, :299], radius=20) is not first
+    with FakeTensorMode():
+        fake = window_block_mask(torch.empty(1, 2, 301, 0), radius=20)
+    assert type(fake.kv_indices) is not Tensor
+    assert type(window_block_mask(torch.empty(1, 2, 301, 0), radius=20).kv_indices) is Tensor
 
 
 @torch.no_grad()

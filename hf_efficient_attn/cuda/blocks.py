@@ -32,7 +32,7 @@ from .room import LARGE_BLOCKS, has_room
 from .tiles import contiguous, dropout_seed, empty_like_rows, flags, load_rows, offsets, places, precision, rows, takes
 
 
-_WARPS, _STAGES = 4, 2
+_WARPS = 4
 _NO_GRID = (0, 1, 0, 0)
 
 
@@ -175,6 +175,11 @@ def _tile(size: int) -> int:
     return max(16, power_of_2(size))
 
 
+def _stages(size: int, width: int) -> int:
+    """Loads on their way at a time; the largest blocks of the widest heads leave no memory for more than one."""
+    return 2 if _tile(size) * width <= 64 * 128 else 1
+
+
 @operator("blocks_forward")
 def blocks_forward(
     query: Tensor,
@@ -219,7 +224,7 @@ def blocks_forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *_steps(lists, source, filled),
         length, heads, lists.shape[2], front, lists.shape[3], scale * LOG2_E, *drop_limits(dropout_p),
         *(grid or _NO_GRID), source is not None, seed is not None, causal, exclude_self, grid is not None,
-        size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
+        size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_stages(size, width),
     )  # fmt: skip
     return out, lse
 
@@ -261,7 +266,7 @@ def blocks_backward(
         *dq.stride()[:3], *_steps(lists, source, filled), query.shape[2], heads, lists.shape[2], front, lists.shape[3],
         scale * LOG2_E, scale, *drop_limits(dropout_p), *(grid or _NO_GRID),
         source is not None, seed is not None, causal, exclude_self, grid is not None,
-        size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_STAGES,
+        size, _tile(size), width, precision(query), num_warps=_WARPS, num_stages=_stages(size, width),
     )  # fmt: skip
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 

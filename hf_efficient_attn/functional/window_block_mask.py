@@ -40,8 +40,9 @@ def window_block_mask(
         global_tokens = None
     if key_padding_mask is None and global_tokens is None:
         capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        plain = _make if torch.compiler.is_compiling() or capturing else _kept
-        return plain(shape)
+        # Not what stands in for tensors, which others could not use.
+        keeps = type(key) is Tensor and not torch.compiler.is_compiling() and not capturing
+        return (_kept if keeps else _make)(shape)
     return _make(shape, keys_in_windows(key_padding_mask, global_tokens), global_tokens)
 
 
