@@ -34,7 +34,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from hf_efficient_attn import functional  # importing registers the families
-from hf_efficient_attn.bench import check_out, environment_line, forward_or_gradients, run_script, take_turns
+from hf_efficient_attn.bench import (
+    check_out,
+    environment_line,
+    forward_or_gradients,
+    run_script,
+    take_turns,
+    use_threads,
+)
 
 
 HEADS, WIDTH, RADIUS, BLOCK, RANDOM, LANDMARKS, ITERATIONS, FEATURES, CHUNK = 12, 64, 256, 64, 3, 64, 6, 256, 64
@@ -342,8 +349,7 @@ def main(
         raise ValueError(f"--dtype is {dtype!r}: pass float32 or bfloat16.")
     check_out([out])
     kind = getattr(torch, dtype)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     lines = [
         f"{length:,} tokens, {HEADS} heads of {WIDTH}, batch 1, {dtype}: ms, and ratios as the median (min - max) of "
         f"{repeats} turns in one process, of {step_repeats} for the step.",

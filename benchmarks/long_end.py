@@ -73,6 +73,8 @@ def deep_cases(kinds: Sequence[str], length: int, size: ModelSize) -> list[Case]
 
 
 def _size_of(kind: str, size: ModelSize) -> ModelSize:
+    if kind not in KINDS:
+        raise ValueError(f"--kinds has {kind!r}, which is not known: pass some of {', '.join(KINDS)}.")
     return size if KINDS[kind].windowed else replace(size, attention_window=None)
 
 

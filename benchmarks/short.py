@@ -29,7 +29,15 @@ import typer
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import hf_efficient_attn  # noqa: F401  (registers the families)
-from hf_efficient_attn.bench import check_out, environment_line, run_script, split_names, split_numbers, take_turns
+from hf_efficient_attn.bench import (
+    check_out,
+    environment_line,
+    run_script,
+    split_names,
+    split_numbers,
+    take_turns,
+    use_threads,
+)
 
 
 BERT = "bert"
@@ -158,8 +166,7 @@ def main(
     """Measure every family against BERT with sdpa."""
     chosen, kinds = split_names(modes), split_names(families)
     _check(kinds, chosen, clock, batch, repeats, out)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     setting, rows = Setting(batch, quick), {}
     for length in split_numbers("lengths", "64,128" if quick else lengths):
         for mode in chosen:

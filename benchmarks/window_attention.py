@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_efficient_attn.bench import environment_line, forward_or_gradients, run_script, take_turns
+from hf_efficient_attn.bench import environment_line, forward_or_gradients, run_script, take_turns, use_threads
 
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def main(
 
     from hf_efficient_attn.functional import sliding_window_attention
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, heads, length, head_dim, generator=generator) for _ in range(3)]
 

@@ -54,7 +54,7 @@ def demo(
     Takes under four minutes on two CPU cores and needs no network.
     The documents are source files of Python's standard library, to be told apart by package.
     """
-    with _one_line_errors():
+    with _one_line_errors(OSError):
         typer.echo("Loading PyTorch and Transformers ...")
         from .demo import QUICK, DemoSettings, run_demo
 
@@ -100,6 +100,7 @@ def bench(
             Bounds,
             ModelSize,
             agreement_lines,
+            check_folder,
             describe,
             make_cases,
             memory_bound,
@@ -113,8 +114,13 @@ def bench(
         )
 
         require_extras("rich", *(["matplotlib"] if output_dir is not None else []))
+        if repeats < 1:
+            raise ValueError(f"--repeats is {repeats}, but it has to be 1 or more.")
+        if output_dir is not None:
+            check_folder("output-dir", output_dir, "benchmark.csv", "benchmark.png")
+        wide = 4 * hidden_size if intermediate_size is None else intermediate_size
         sizes = [
-            ModelSize(hidden_size, layers, heads, intermediate_size or 4 * hidden_size, vocab_size, window)
+            ModelSize(hidden_size, layers, heads, wide, vocab_size, window)
             for window in split_numbers("windows", windows)
         ]
         common = {"batch_size": batch_size, "dtype": dtype, "threads": threads, "optimizer": optimizer, "task": task}
@@ -133,7 +139,6 @@ def bench(
         results = run_cases(cases, bounds, repeats=repeats, on_result=lambda result: typer.echo(describe(result)))
         print_tables(results)
         if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
             batch = f"batch {batch_size}" if tokens is None else f"{tokens:,} tokens a pass"
             how = f"{dtype}, {device}{', compiled' if compiled else ''}{', checkpointing' if checkpointing else ''}"
             title = f"hidden size {hidden_size}, {layers} layers, {task}, {batch}, {how}"
@@ -248,9 +253,9 @@ def pattern(
 
     For mechanisms with a pattern the pairs that attend, in a colour for each part of it (window, global, random ...);
     for those that estimate softmax attention the weights that they estimate, of a model with new weights.
-    Queries go from top to bottom, keys from left to right. Needs the extra: pip install "hf_efficient_attn[demo]".
+    Queries go from top to bottom, keys from left to right. Needs the extra: pip install "hf_efficient_attn\\[demo]".
     """
-    with _one_line_errors():
+    with _one_line_errors(OSError):
         from .conversion import read_options
         from .patterns.command import draw_command
 

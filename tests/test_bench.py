@@ -27,6 +27,8 @@ from hf_efficient_attn.bench import (
     ModelSize,
     Result,
     available_bytes,
+    check_folder,
+    check_out,
     check_outputs,
     describe,
     environment_line,
@@ -37,6 +39,7 @@ from hf_efficient_attn.bench import (
     print_tables,
     ratio_lines,
     run_cases,
+    use_threads,
     write_csv,
 )
 from hf_efficient_attn.bench.memory import PeakMemory, resident_bytes
@@ -243,12 +246,35 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
         ("--lengths", "1k", "--lengths is '1k', but it has to be whole numbers"),
         ("--families", "berd", "kind is 'berd', which is not known"),
         ("--max-seconds", "0", "seconds is 0.0"),
+        ("--repeats", "0", "--repeats is 0"),
+        ("--intermediate-size", "0", "intermediate_size is 0"),
+        ("--max-memory-gib", "nan", "--max-memory-gib is nan"),
+        ("--output-dir", f"{__file__}/results", "cannot be made (Not a directory)"),
+        pytest.param(
+            *("--device", "cuda", "torch sees no GPU"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(option: str, value: str, message: str) -> None:
     result = CliRunner().invoke(app, ["bench", option, value])
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert "cases, at most" not in result.stdout, "before anything is measured"
+
+
+def test_files_of_results_are_tried_before_anything_is_measured(tmp_path: Path) -> None:
+    kept, new, folder = tmp_path / "kept.md", tmp_path / "new.md", tmp_path / "folder.md"
+    kept.write_text("what it holds")
+    folder.mkdir()
+    check_out([kept, new, None])
+    assert kept.read_text() == "what it holds" and not new.exists()
+    with pytest.raises(ValueError, match=r"--out is .*folder.md, which cannot be written \(Is a directory\)"):
+        check_out([folder])
+    check_folder("output-dir", tmp_path / "a" / "b", "benchmark.csv")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(ValueError, match="--threads is 0"):
+        use_threads(0)
 
 
 def test_base_models_are_measured_with_and_without_global_tokens() -> None:

@@ -28,7 +28,7 @@ def test_tiles_list_those_that_their_windows_reach(
     """Each token stands at one place, and a tile lists another exactly if some pair of theirs is allowed."""
     length = num_global + rows * columns
     shape = make_neighborhood(length, (rows, columns), radius, num_global)
-    tiles = grid_tiles(shape, torch.device("cpu"))
+    tiles = grid_tiles(torch.empty(0), shape)
     source, filled, lists = tiles.source[0, 0].long(), tiles.used[0, 0], tiles.lists[0, 0].long()
     assert source[filled].sort().values.tolist() == list(range(length))
     window = {"grid": (rows, columns), "radius": radius, "num_global": num_global}
@@ -84,7 +84,12 @@ def test_a_graph_of_any_grid_has_the_kernel(used: list[str]) -> None:
     for grid in ((9, 10), (17, 5)):
         inputs = [x[:1].to(DEVICE, torch.float32) for x in given(grid[0] * grid[1] + 2, 1)[0][:3]]
         shape = {"grid": grid, "radius": (3, 2), "num_global": 2}
-        torch.testing.assert_close(compiled(*inputs, **shape), grid_window_attention(*inputs, **shape))
+        found = []
+        for form in (compiled, grid_window_attention):
+            own = [x.clone().requires_grad_() for x in inputs]
+            mixed = form(*own, **shape)
+            found.append([mixed, *torch.autograd.grad(mixed.square().sum(), own)])
+        torch.testing.assert_close(found[0], found[1])
     assert used.count("blocks") > 2, "while tracing too"
 
 

@@ -303,11 +303,14 @@ def test_what_is_added_atomically_is_not_deterministic(
         torch.testing.assert_close(attention(*rows, 0.0), right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grid", [None, (1, 5, 1, 1)])
 @pytest.mark.parametrize(
     "name",
     ["hf_efficient_attn::window_forward", "hf_efficient_attn::blocks_forward", "hf_efficient_attn::add_nearby"],
 )
-def test_operators_keep_the_rules_of_torch(name: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_keep_the_rules_of_torch(name: str, grid: tuple[int, ...] | None, used: list[str]) -> None:
+    if grid is not None and not name.endswith("blocks_forward"):
+        pytest.skip("has no grid")
     query, key, value, _ = (x.requires_grad_() for x in one_head(16))
     if name.endswith("add_nearby"):
         args = (query, key, torch.randn(1, 3, device=DEVICE).requires_grad_(), None)
@@ -315,7 +318,7 @@ def test_operators_keep_the_rules_of_torch(name: str, used: list[str], monkeypat
         args = (query, key, value, *(None,) * 7, 3, 3, False, 0.25, 0.0)
     else:
         lists = torch.tensor([[[[0, 1], [1, -1]]]], device=DEVICE, dtype=torch.int32)
-        args = (query, key, value, lists, None, None, None, 8, 0, False, False, None, 0.25, 0.0)
+        args = (query, key, value, lists, None, None, None, 8, 0, False, False, grid, 0.25, 0.0)
     namespace, operator = name.split("::")
     torch.library.opcheck(getattr(getattr(torch.ops, namespace), operator).default, args)
 

@@ -10,7 +10,6 @@ from test_families import TEXT_FAMILIES, build
 from test_mechanisms import build as build_mechanism
 from test_mechanisms import states_of
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_efficient_attn.attention import ATTENTIONS
@@ -129,18 +128,49 @@ def test_lists_are_as_long_as_a_window(causal: bool) -> None:
 
 @torch.no_grad()
 def test_masks_of_shape_alone_are_kept() -> None:
-    key = torch.empty(1, 2, 300, 0)
+    """Not on a CPU, where lists are long."""
+    key = torch.empty(1, 2, 300, 0, device="meta")
     first = window_block_mask(key, radius=20)
     assert window_block_mask(key, radius=20) is first
-    keep = torch.ones(1, 300, dtype=torch.bool)
+    assert window_block_mask(key.expand(3, -1, -1, -1), radius=20) is first
+    keep = torch.ones(1, 300, dtype=torch.bool, device="meta")
     assert window_block_mask(key, keep, radius=20) is not first
     for other in ({"radius": 21}, {"radius": 20, "causal": True}, {"radius": 20, "dilation": 2}):
         assert window_block_mask(key, **other) is not first
     assert window_block_mask(key[:, :, :299], radius=20) is not first
-    with FakeTensorMode():
-        fake = window_block_mask(torch.empty(1, 2, 301, 0), radius=20)
-    assert type(fake.kv_indices) is not Tensor
-    assert type(window_block_mask(torch.empty(1, 2, 301, 0), radius=20).kv_indices) is Tensor
+    key = torch.empty(1, 2, 300, 0)
+    assert window_block_mask(key, radius=20) is not window_block_mask(key, radius=20)
+
+
+def test_a_mask_can_be_shown_and_a_wrong_one_is_refused() -> None:
+    key = torch.empty(1, 2, 700, 0)
+    tokens = select_tokens(torch.arange(700)[None] % 100 == 3, 7)
+    for shown in (window_block_mask(key, radius=20), window_block_mask(key, global_tokens=tokens, radius=20)):
+        assert shown.to_dense().shape == (1, 1, 6, 6) and "BlockMask" in str(shown)
+    for wrong in (torch.ones(1, 600, dtype=torch.bool), torch.ones(1, 700)):
+        with pytest.raises(ValueError, match="key_padding_mask must be a bool tensor"):
+            window_block_mask(key, wrong, radius=20)
+    nothing = torch.empty(1, 2, 0, 16)
+    with torch.no_grad():
+        assert flex_sliding_window_attention(nothing, nothing, nothing, radius=3).shape == nothing.shape
+    assert window_block_mask(nothing, radius=3).seq_lengths == (0, 0)
+
+
+@torch.no_grad()
+def test_no_number_of_global_tokens_compiles_anew() -> None:
+    """Nor does padding: one text length is one graph on a CPU."""
+    query, key, value = (x.detach() for x in qkv(2, 300, torch.float32))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for count in (0, 1, 6, 17):
+        for keep in (None, torch.arange(300).expand(2, -1) < torch.tensor([[300], [211]])):
+            every_16th = torch.arange(0, 16 * count, 16)
+            marked = torch.zeros(2, 300, dtype=torch.bool).index_fill(1, every_16th, True)
+            options = {"radius": 20, "global_tokens": select_tokens(marked, count) if count else None}
+            ours = flex_sliding_window_attention(query, key, value, keep, **options)
+            right = sliding_window_attention(query, key, value, keep, **options)
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()

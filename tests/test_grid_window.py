@@ -117,6 +117,8 @@ def test_second_derivatives_are_refused() -> None:
         ({"grid": (0, 4)}, "makes 0 tokens"),
         ({"grid": (3, 4), "num_global": -1}, "num_global = -1"),
         ({"grid": (3, 4), "radius": (1, -1)}, r"radius = \(1, -1\)"),
+        ({"grid": (3, 4), "radius": 1.0}, r"radius = 1.0: give one number"),
+        ({"grid": (3, 2, 2), "radius": 1}, r"grid = \(3, 2, 2\): give rows and columns"),
         ({"grid": (3, 4), "radius": (1, 1, 1)}, "one number, or rows and columns"),
     ],
 )

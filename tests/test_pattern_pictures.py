@@ -125,6 +125,13 @@ def draw(*words: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_the_command_says_in_one_line_what_cannot_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "picture.png"
+    folder.mkdir()
+    code, output = draw("eff_big_bird", "--length", "64", "-o", folder)
+    assert code == 2 and "Is a directory" in output and "Traceback" not in output
+
+
 @FAMILY
 def test_the_command_draws_every_family(family: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"

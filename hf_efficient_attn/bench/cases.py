@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -225,6 +226,17 @@ def describe_global_tokens(chosen: str) -> str:
     return "no global" if chosen == "none" else "CLS global"
 
 
+def _check_device(device: str) -> None:
+    if device != "cuda":
+        return
+    # As in the processes of cases, which are forked: nothing of CUDA may start here.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU: pass 'cpu'.")
+
+
 def make_cases(
     kinds: Iterable[str],
     lengths: Iterable[int],
@@ -246,7 +258,7 @@ def make_cases(
         common: further fields of `Case`, the same for all.
 
     Raises:
-        ValueError: as for `Case`.
+        ValueError: as for `Case`; "cuda" where there is no GPU.
     """
     cases: dict[Case, None] = {}
     kinds, modes, sizes, global_tokens = list(kinds), list(modes), list(sizes), list(global_tokens)
@@ -256,6 +268,7 @@ def make_cases(
             raise ValueError(f"no {name} are given: pass at least one.")
     for kind in kinds:
         _one_of("kind", kind, KINDS)
+    _check_device(common.get("device", "cpu"))
     for length, mode, chosen, kind in product(sorted(set(lengths)), modes, global_tokens, kinds):
         chosen = chosen if KINDS[kind].global_tokens else None
         if tokens is not None:

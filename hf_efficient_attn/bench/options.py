@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,16 +30,53 @@ def split_numbers(option: str, text: str, example: str = "1024,4096") -> list[in
 
 
 def check_out(files: Iterable[Path | None], kinds: Sequence[str] = (".md",)) -> None:
-    """Raises `ValueError` for a file of `--out` that is of none of the `kinds`, or whose folder is not there."""
+    """Raises `ValueError` for a file of `--out` that is of none of the `kinds`, or cannot be written."""
     words = f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
     for file in files:
         if file is not None and (file.suffix not in kinds or not file.parent.is_dir()):
             raise ValueError(f"--out is {file}, but it has to be a {words} file in a folder that exists.")
+        if file is not None:
+            check_writable("out", file)
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Raises `ValueError` unless `file` of `--<option>` can be written; changes nothing in it."""
+    is_new = not file.exists()
+    try:
+        with file.open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--{option} is {file}, which cannot be written ({error.strerror}): pass another.") from None
+    if is_new:
+        file.unlink()
+
+
+def check_folder(option: str, folder: Path, *names: str) -> None:
+    """Makes the `folder` of `--<option>`; raises `ValueError` unless files of these `names` can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--{option} is {folder}, which cannot be made ({error.strerror}): pass another.") from None
+    for name in names:
+        check_writable(option, folder / name)
+
+
+def use_threads(threads: int | None) -> None:
+    """Has torch compute with so many CPU threads, None being its own choice; raises `ValueError` below 1."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads is {threads}, but it has to be 1 or more.")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def memory_bound(max_memory_gib: float | None) -> int:
     """Bytes one process may use: the number given, else 80 % of the free memory, else 8 GiB."""
     if max_memory_gib is not None:
+        if not 0 < max_memory_gib < math.inf:
+            raise ValueError(f"--max-memory-gib is {max_memory_gib}, but it has to be a number above 0.")
         return int(max_memory_gib * GIB)
     free = available_bytes()
     return int(8 * GIB if free is None else 0.8 * free)

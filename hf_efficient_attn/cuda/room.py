@@ -8,7 +8,7 @@ import torch
 NARROW = 101_376
 """What NVIDIA's GPUs from compute capability 8.0 on have at least; enough for all kernels but those below."""
 
-LARGE_TILES = 120_000
+LARGE_TILES = 132_000
 """For gradients through features in tiles of 128 tokens."""
 
 LARGE_BLOCKS = 131_072

@@ -52,12 +52,12 @@ def fused(name: str, tensor: Tensor) -> Callable[..., Any] | None:
         return None
     if torch.compiler.is_exporting():
         return None
-    if not torch.compiler.is_compiling() and (not _ENABLED.get() or not _is_plain(tensor)):
+    if not torch.compiler.is_compiling() and (not _ENABLED.get() or not is_plain_tensor(tensor)):
         return None
     return source().get(name)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain_tensor(tensor: Tensor) -> bool:
     """No `DTensor` or the like, and none that `torch.func` stands in for."""
     own = type(tensor) in (Tensor, nn.Parameter)
     return own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

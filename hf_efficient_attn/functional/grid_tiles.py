@@ -1,12 +1,12 @@
 """A grid of tokens in tiles: blocks for the kernels of a GPU, and the tiles that each one's windows reach."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .inputs import count_blocks
+from .kept import Kept
 from .neighborhood import Neighborhood
 
 
@@ -28,19 +28,9 @@ class GridTiles(NamedTuple):
     used: Tensor
 
 
-def grid_tiles(shape: Neighborhood, device: torch.device) -> GridTiles:
-    """The tiles of a grid; in eager mode made once for each shape, and kept."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
-        return _make_tiles(shape, device)
-    return _kept_tiles(shape, device)
-
-
-@lru_cache(maxsize=16)
-def _kept_tiles(shape: Neighborhood, device: torch.device) -> GridTiles:
-    # A training step may use what an evaluation has made.
-    with torch.inference_mode(False):
-        return _make_tiles(shape, device)
+def grid_tiles(like: Tensor, shape: Neighborhood) -> GridTiles:
+    """The tiles of a grid, for tensors like this one; in eager mode made once for each shape, and kept."""
+    return _TILES(like, shape, like.device)
 
 
 def _make_tiles(shape: Neighborhood, device: torch.device) -> GridTiles:
@@ -71,3 +61,6 @@ def _make_tiles(shape: Neighborhood, device: torch.device) -> GridTiles:
     used = torch.cat([place < first, inside.flatten()])
     source = torch.where(used, source, 0).int()
     return GridTiles(size, front, lists.int()[None, None], source[None, None], used[None, None])
+
+
+_TILES = Kept(_make_tiles)

@@ -117,7 +117,7 @@ def _fused(
     kernel = fused("blocks", query)
     if kernel is None:
         return None
-    tiles, first = grid_tiles(shape, query.device), shape.num_global
+    tiles, first = grid_tiles(query, shape), shape.num_global
     used = tiles.used
     if key_padding_mask is not None:
         used = used & key_padding_mask[:, tiles.source[0, 0]][:, None]

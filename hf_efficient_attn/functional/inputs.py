@@ -23,13 +23,19 @@ def check_qkv(
             "self-attention needs query, key and value of one shape, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
         )
-    if key_padding_mask is not None:
-        expected = (key.shape[0], key.shape[2])
-        if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
-            raise ValueError(
-                f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)}, True = attend, "
-                f"got {key_padding_mask.dtype} of shape {list(key_padding_mask.shape)}; convert with `mask.bool()`."
-            )
+    check_key_padding_mask(key_padding_mask, key.shape[0], key.shape[2])
+
+
+def check_key_padding_mask(key_padding_mask: Tensor | None, batch: int, length: int) -> None:
+    """Raises `ValueError` for a mask that is not bool `[batch, length]`."""
+    if key_padding_mask is None:
+        return
+    expected = (batch, length)
+    if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)}, True = attend, "
+            f"got {key_padding_mask.dtype} of shape {list(key_padding_mask.shape)}; convert with `mask.bool()`."
+        )
 
 
 def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None, overwrite: bool = False) -> Tensor:

@@ -56,9 +56,11 @@ def make_neighborhood(
     length: int, grid: tuple[int, int], radius: int | tuple[int, int] | list[int], num_global: int
 ) -> Neighborhood:
     """A `Neighborhood`; raises `ValueError` for a negative number, or a grid that does not make `length` tokens."""
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise ValueError(f"grid = {grid}: give rows and columns, two numbers.")
     rows, columns = grid
-    radius = (radius, radius) if isinstance(radius, int) else tuple(radius)
-    if len(radius) != 2 or min(radius) < 0:
+    radius = (radius, radius) if isinstance(radius, int) else radius
+    if not isinstance(radius, tuple | list) or len(radius) != 2 or min(radius) < 0:
         raise ValueError(f"radius = {radius}: give one number, or rows and columns, of 0 or more.")
     if num_global < 0:
         raise ValueError(f"num_global = {num_global}: it must be 0 or more.")
@@ -67,4 +69,4 @@ def make_neighborhood(
             f"grid = {rows} x {columns} behind num_global = {num_global} makes {num_global + rows * columns} tokens, "
             f"but there are {length}; give the rows and columns of the patches."
         )
-    return Neighborhood((rows, columns), radius, num_global)
+    return Neighborhood((rows, columns), tuple(radius), num_global)

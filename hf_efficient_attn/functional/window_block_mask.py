@@ -1,7 +1,6 @@
 """Which blocks of keys a block of queries needs for windows and global tokens: flex_attention's tables."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,12 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .inputs import count_blocks
+from .inputs import check_key_padding_mask, count_blocks
+from .kept import Kept
 from .tokens import TokenSlots
 from .window import Window, head_dilations, keys_in_windows, make_window
 
 
 _BLOCK = 128  # of queries and of keys; flex_attention's own default
+_ENTRIES = 16  # blocks of global tokens that lists have room for, or so many times more
 
 
 def window_block_mask(
@@ -29,20 +30,23 @@ def window_block_mask(
     """Which blocks of keys a block of queries needs, and the rule within them.
 
     Of `key` `[batch, heads, length, head_dim]` only the shape and device count. Lists are made from the numbers of
-    blocks: memory O(length), time O(length), and in eager mode no more than once for each length where there is neither
-    padding nor a global token. Where gradients are enabled there are lists for a backward pass besides, O(length) too,
-    but with global tokens, which all blocks of queries need, O((length / 128)^2) numbers an example.
+    blocks and are no longer than a window and the global tokens need: memory and time O(length), and in eager mode no
+    more than once for each length where there is neither padding nor a global token. Where gradients are enabled there
+    are lists for a backward pass besides, O(length) too, but with global tokens, which all blocks of queries need,
+    O((length / 128)^2) numbers an example. On a CPU, where the kernel takes no shorter ones, all lists have room for
+    all blocks, and none is kept. What torch draws or unfolds of a mask (`print`, `to_dense`) needs such lists too.
+
+    Raises:
+        ValueError: a mask of another shape or dtype, a negative radius, dilations that do not fit the heads.
     """
     batch, heads, length = key.shape[:3]
+    check_key_padding_mask(key_padding_mask, batch, length)
     window, dilations = make_window(radius, causal), head_dilations(dilation, heads)
-    shape = _Shape(window, dilations, length, key.device, torch.is_grad_enabled())
+    shape = _Shape(window, dilations, batch, length, key.device, torch.is_grad_enabled())
     if global_tokens is not None and global_tokens.slots == 0:
         global_tokens = None
-    if key_padding_mask is None and global_tokens is None:
-        capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        # Not what stands in for tensors, which others could not use.
-        keeps = type(key) is Tensor and not torch.compiler.is_compiling() and not capturing
-        return (_kept if keeps else _make)(shape)
+    if key_padding_mask is None and global_tokens is None and key.device.type != "cpu":
+        return _MASKS(key, shape._replace(batch=1))
     return _make(shape, keys_in_windows(key_padding_mask, global_tokens), global_tokens)
 
 
@@ -51,6 +55,7 @@ class _Shape(NamedTuple):
 
     window: Window
     dilations: tuple[int, ...]
+    batch: int
     length: int
     device: torch.device
     with_gradients: bool
@@ -61,15 +66,10 @@ class _Shape(NamedTuple):
         return max(self.dilations)
 
 
-@lru_cache(maxsize=16)
-def _kept(shape: _Shape) -> BlockMask:
-    # Training may use what an evaluation has made.
-    with torch.inference_mode(False):
-        return _make(shape)
-
-
 def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlots | None = None) -> BlockMask:
     blocks = count_blocks(shape.length, _BLOCK)
+    if not torch.compiler.is_compiling():
+        blocks = max(1, blocks)
     number = torch.arange(blocks, device=shape.device)
     window, reach = shape.window, shape.reach
     # From a block of queries to one of keys, counted in blocks: the first and last that any window reaches into.
@@ -79,7 +79,7 @@ def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlot
     step = torch.arange(first, last + 1, device=shape.device)
     nearest, farthest = step * _BLOCK - (_BLOCK - 1), step * _BLOCK + (_BLOCK - 1)  # of any pair of their tokens
     inside = (nearest >= -window.back) & (farthest <= window.ahead) & (reach == 1)
-    full = _by_block(torch.ones(1, shape.length, dtype=torch.bool, device=shape.device), blocks).all(dim=2)
+    full = _by_block(torch.ones(shape.batch, shape.length, dtype=torch.bool, device=shape.device), blocks).all(dim=2)
     if counted is not None:
         full = _by_block(counted, blocks).all(dim=2)
 
@@ -104,8 +104,9 @@ def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlot
             found.append(_blocks_for_globals(global_tokens, number, (first, last), window.causal))
         tables |= {"q": _lists(*found), "full_q": _lists((queries, whole))}
     if shape.device.type == "cpu":
-        # There the kernel takes lists only with room for all blocks.
-        tables = {name: (count, F.pad(x, (0, max(0, blocks - x.shape[3])))) for name, (count, x) in tables.items()}
+        # There the kernel takes lists only with room for all blocks; no list has more, for none has one twice.
+        room = {name: F.pad(x, (0, max(0, blocks - x.shape[3]))) for name, (_, x) in tables.items()}
+        tables = {name: (tables[name][0], x[..., :blocks].contiguous()) for name, x in room.items()}
     empty = (None, None)
     arguments = {}
     for name in ("kv", "full_kv", "q", "full_q"):
@@ -116,13 +117,20 @@ def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlot
 
 
 def _rule(shape: _Shape, counted: Tensor | None, global_tokens: TokenSlots | None) -> Callable[..., Tensor]:
-    """Which pairs of tokens count; only what there is is asked for each pair."""
-    window, causal = shape.window, shape.window.causal
+    """Which pairs of tokens count; only what there is is asked for each pair.
+
+    But on a CPU, where each length is compiled anew and torch compiles eight graphs at most, there is one rule for all.
+    """
+    window, causal, on_cpu = shape.window, shape.window.causal, shape.device.type == "cpu"
     # Tensors, because the kernel would be compiled again for each new number.
     steps = torch.tensor(shape.dilations, device="cpu").to(shape.device, non_blocking=True)
     before, after = -window.back * steps, window.ahead * steps
     back, ahead = before[0], after[0]
     is_global = None if global_tokens is None else global_tokens.mask
+    if on_cpu:
+        every = torch.ones(shape.batch, shape.length, dtype=torch.bool, device=shape.device)
+        counted = every if counted is None else counted
+        is_global = ~every if is_global is None else is_global
 
     def in_window(h: Tensor, distance: Tensor) -> Tensor:
         return (distance >= back) & (distance <= ahead)
@@ -130,7 +138,7 @@ def _rule(shape: _Shape, counted: Tensor | None, global_tokens: TokenSlots | Non
     def in_dilated_window(h: Tensor, distance: Tensor) -> Tensor:
         return (distance >= before[h]) & (distance <= after[h]) & (distance % steps[h] == 0)
 
-    near = in_window if shape.reach == 1 else in_dilated_window
+    near = in_window if shape.reach == 1 and not on_cpu else in_dilated_window
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         pair = near(h, k - q)
@@ -150,8 +158,10 @@ def _global_blocks(
     """Blocks of global tokens beyond the windows' reach, for each block of queries: `[batch, blocks, entries]`."""
     blocks = number.shape[0]
     has_global = _by_block(global_tokens.mask, blocks).any(dim=2)
+    # In steps, so that a kernel sees few lengths of lists.
+    entries = -(-global_tokens.slots // _ENTRIES) * _ENTRIES
     # Those with a global token first; there are no more of them than slots.
-    found = has_global.int().argsort(dim=1, descending=True, stable=True)[:, : global_tokens.slots]
+    found = has_global.int().argsort(dim=1, descending=True, stable=True)[:, :entries]
     there = has_global.gather(1, found)[:, None]
     distance = found[:, None] - number[:, None]
     beyond = (distance < reach[0]) | ((distance > reach[1]) & (not causal))
@@ -183,3 +193,6 @@ def _lists(*found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     counts = torch.cat([x.expand(batch, -1, -1) for _, x in found], dim=2)
     order = counts.int().argsort(dim=2, descending=True, stable=True)
     return counts.sum(dim=2, dtype=torch.int32)[:, None], entry.gather(2, order).to(torch.int32)[:, None]
+
+
+_MASKS = Kept(_make)

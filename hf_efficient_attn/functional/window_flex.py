@@ -52,8 +52,9 @@ def flex_sliding_window_attention(
             "flex_attention on a CPU is for inference only, and these tensors want gradients; call it under "
             "torch.no_grad(), or use the sdpa backend (attn_implementation='sdpa')."
         )
-    in_cpu_graph = torch.compiler.is_compiling() and query.device.type == "cpu"
-    if in_cpu_graph or query.shape[2] < key.shape[2]:
+    in_graph = torch.compiler.is_compiling()
+    in_cpu_graph, is_empty = in_graph and query.device.type == "cpu", not in_graph and key.shape[2] == 0
+    if in_cpu_graph or is_empty or query.shape[2] < key.shape[2]:
         options = {"scale": scale, "global_tokens": global_tokens, **shape}
         return sliding_window_attention(query, key, value, key_padding_mask, **options)
     if block_mask is None:
