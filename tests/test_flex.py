@@ -83,6 +83,22 @@ def test_the_table_of_blocks_is_that_of_the_mask(case: Case, variant: str, lengt
             assert is_global is not None or torch.equal(wholly[:, :-1], whole[:, :-1])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_block_with_a_global_token_is_listed(causal: bool) -> None:
+    """Near and far, in one block or many, another number in each example; and none besides."""
+    length = 1500
+    marked = torch.zeros(2, length, dtype=torch.bool)
+    marked[0, [3, 5, 400, 900, 1300, 1499]] = True
+    marked[1, ::64] = True
+    tokens, key = select_tokens(marked, 24), qkv(2, length, torch.float32)[1]
+    mask = window_block_mask(key, None, tokens, radius=20, causal=causal)
+    allowed = sliding_window_allowed(key, None, tokens, radius=20, causal=causal).expand(2, 4, -1, -1)
+    needed, _ = _blocks_of(allowed, None)
+    listed = _listed(mask.kv_num_blocks, mask.kv_indices) | _listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(listed, needed)
+    assert torch.equal(_listed(mask.q_num_blocks, mask.q_indices).mT, _listed(mask.kv_num_blocks, mask.kv_indices))
+
+
 def _blocks_of(allowed: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Blocks `[batch, query blocks, key blocks]` with any pair allowed, and with every pair of a real query allowed."""
     batch, heads, length, _ = allowed.shape
