@@ -139,8 +139,9 @@ def main(
     lines.append(f"| ---: | --- |{' ---: |' * 4}")
     for number in numbers:
         count = tokens or (1024 if quick else 65536)
-        lines += measure(number, count, torch.device(device), getattr(torch, dtype), repeats)
-        typer.echo("\n".join(lines[-7:]), err=True)
+        rows = measure(number, count, torch.device(device), getattr(torch, dtype), repeats)
+        typer.echo("\n".join(rows), err=True)
+        lines += rows
     lines += ["", environment_line("python benchmarks/attention_gpu.py", sys.argv[1:], None, device)]
     typer.echo("\n".join(lines))
     if out is not None:

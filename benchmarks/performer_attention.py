@@ -17,7 +17,14 @@ import torch
 import typer
 from torch import Tensor
 
-from hf_efficient_attn.bench import environment_line, forward_or_gradients, require_extras, run_script, take_turns
+from hf_efficient_attn.bench import (
+    check_counts,
+    environment_line,
+    forward_or_gradients,
+    require_extras,
+    run_script,
+    take_turns,
+)
 from hf_efficient_attn.functional import orthogonal_features, performer_attention
 
 
@@ -44,9 +51,7 @@ def main(
     causal: Annotated[bool, typer.Option("--causal", help="The causal form, without the peer.")] = False,
 ) -> None:
     """Measure FAVOR+ attention against performer-pytorch's and against plain matrix products."""
-    for name, number in {"length": length, "features": features, "heads": heads, "repeats": repeats}.items():
-        if number < 1:
-            raise ValueError(f"--{name} is {number}, but it has to be 1 or more.")
+    check_counts(length=length, features=features, heads=heads, repeats=repeats)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, heads, length, head_dim, generator=generator) for _ in range(3)]
     blocks = torch.randn(-(-features // head_dim), head_dim, head_dim, generator=generator, dtype=torch.float64)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel
 
 import hf_efficient_attn  # noqa: F401  (registers the families)
-from hf_efficient_attn.bench import check_out, environment_line, run_script, split_names
+from hf_efficient_attn.bench import check_counts, check_out, environment_line, run_script, split_names
 
 
 FAMILIES = ("bert", "eff_longformer", "eff_big_bird", "eff_nystromformer", "eff_performer", "eff_reformer")
@@ -109,8 +109,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A .md file for the results.")] = None,
 ) -> None:
     """Profile one training step of each family."""
-    if length < 1:
-        raise ValueError(f"--length is {length}, but it has to be 1 or more.")
+    check_counts(length=length)
     check_out([out])
     length, width = (256, 64) if quick else (length, 768)
     columns = (*GROUPS, OTHER)

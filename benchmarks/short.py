@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import hf_efficient_attn  # noqa: F401  (registers the families)
 from hf_efficient_attn.bench import (
+    check_counts,
     check_out,
     environment_line,
     run_script,
@@ -143,9 +144,7 @@ def _check(families: list[str], modes: list[str], clock: str, batch: int, repeat
         for value in values:
             if value not in known:
                 raise ValueError(f"--{name} has {value!r}, which is not known: pass some of {', '.join(known)}.")
-    for name, number in (("batch", batch), ("repeats", repeats)):
-        if number < 1:
-            raise ValueError(f"--{name} is {number}, but it has to be 1 or more.")
+    check_counts(batch=batch, repeats=repeats)
     check_out([out])
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient_attn.bench import check_out, environment_line, run_script
+from hf_efficient_attn.bench import check_counts, check_out, environment_line, run_script
 
 
 _CONFIG = "num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=64, vocab_size=99"
@@ -47,8 +47,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A .md file for the results.")] = None,
 ) -> None:
     """Measure how long starting up takes."""
-    if repeats < 1:
-        raise ValueError(f"--repeats is {repeats}, but it has to be 1 or more.")
+    check_counts(repeats=repeats)
     check_out([out])
     found: dict[str, list[float]] = {name: [] for name in STEPS}
     for turn in range(repeats + 1):

@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_efficient_attn.bench import environment_line, forward_or_gradients, run_script, take_turns, use_threads
+from hf_efficient_attn.bench import (
+    check_counts,
+    environment_line,
+    forward_or_gradients,
+    run_script,
+    take_turns,
+    use_threads,
+)
 
 
 if TYPE_CHECKING:
@@ -94,12 +101,6 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _check(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {number}, but it has to be 1 or more.")
-
-
 @app.command()
 def main(
     length: Annotated[int, typer.Option(help="Tokens, a multiple of every block.")] = 4096,
@@ -112,7 +113,7 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's own choice.")] = None,
 ) -> None:
     """Measure the window attention against plain matrix products and against full attention."""
-    _check(length=length, radius=radius, heads=heads, head_dim=head_dim, repeats=repeats, threads=threads or 1)
+    check_counts(length=length, radius=radius, heads=heads, head_dim=head_dim, repeats=repeats, threads=threads or 1)
     sizes = _numbers(blocks)
     import torch
 

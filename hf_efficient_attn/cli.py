@@ -100,6 +100,7 @@ def bench(
             Bounds,
             ModelSize,
             agreement_lines,
+            check_counts,
             check_folder,
             describe,
             make_cases,
@@ -114,8 +115,7 @@ def bench(
         )
 
         require_extras("rich", *(["matplotlib"] if output_dir is not None else []))
-        if repeats < 1:
-            raise ValueError(f"--repeats is {repeats}, but it has to be 1 or more.")
+        check_counts(repeats=repeats)
         if output_dir is not None:
             check_folder("output-dir", output_dir, "benchmark.csv", "benchmark.png")
         wide = 4 * hidden_size if intermediate_size is None else intermediate_size

@@ -10,7 +10,7 @@ from .environment import environment_line
 from .kinds import KINDS, Kind
 from .measure import run_cases
 from .memory import GIB, MIB, available_bytes
-from .options import check_folder, check_out, memory_bound, split_names, split_numbers, use_threads
+from .options import check_counts, check_folder, check_out, memory_bound, split_names, split_numbers, use_threads
 from .ratios import Comparison, ratio_lines
 from .report import describe, markdown_tables, plot, print_tables, write_csv
 from .study import BASE, Study, agreement_lines, run_script, study_app
@@ -36,6 +36,7 @@ __all__ = [
     "Study",
     "agreement_lines",
     "available_bytes",
+    "check_counts",
     "check_folder",
     "check_out",
     "check_outputs",

@@ -226,11 +226,15 @@ def describe_global_tokens(chosen: str) -> str:
     return "no global" if chosen == "none" else "CLS global"
 
 
+def ask_driver_for_gpus() -> None:
+    """Has torch ask the driver whether there is a GPU; its other way of asking leaves forked processes without one."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
 def _check_device(device: str) -> None:
     if device != "cuda":
         return
-    # As in the processes of cases, which are forked: nothing of CUDA may start here.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    ask_driver_for_gpus()
     import torch
 
     if not torch.cuda.is_available():

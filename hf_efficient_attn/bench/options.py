@@ -29,6 +29,13 @@ def split_numbers(option: str, text: str, example: str = "1024,4096") -> list[in
     return numbers
 
 
+def check_counts(**numbers: int) -> None:
+    """Raises `ValueError` for an option, by its name with underscores, that is below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}, but it has to be 1 or more.")
+
+
 def check_out(files: Iterable[Path | None], kinds: Sequence[str] = (".md",)) -> None:
     """Raises `ValueError` for a file of `--out` that is of none of the `kinds`, or cannot be written."""
     words = f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
@@ -65,8 +72,7 @@ def use_threads(threads: int | None) -> None:
     """Has torch compute with so many CPU threads, None being its own choice; raises `ValueError` below 1."""
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads is {threads}, but it has to be 1 or more.")
+    check_counts(threads=threads)
     import torch
 
     torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from .cases import FAILED, NO_TIME, OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result
+from .cases import FAILED, NO_TIME, OK, OVER_MEMORY, OVER_TIME, Bounds, Case, Result, ask_driver_for_gpus
 from .kinds import KINDS
 from .memory import MIB, resident_bytes
 from .prediction import predict
@@ -169,8 +169,7 @@ def main() -> None:
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     job = json.load(sys.stdin)
-    # torch asks the driver whether there is a GPU; the other way of asking leaves forked processes without one.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    ask_driver_for_gpus()
     cases = [Case.from_json(case) for case in job["cases"]]
 
     def write(result: Result) -> None:

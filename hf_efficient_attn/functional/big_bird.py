@@ -13,7 +13,7 @@ from .dense_execution import dense_is_cheaper, dense_is_on
 from .fused import fused
 from .group_bias import GroupBias
 from .group_cpu import cpu_group_attention
-from .inputs import check_qkv, masked_bias, zero_padding
+from .inputs import check_prepared, check_qkv, masked_bias, zero_padding
 from .tokens import TokenSlots, gather_tokens, replace_tokens
 
 
@@ -236,13 +236,12 @@ def _check_plan(
         # A block's own and its two neighbours, and with `global_ends` the first and the last one.
         ("global_ends", plan.lists.shape[3] - others > 3, global_ends),
     )
-    for name, made, given in facts:
-        if made != given:
-            raise ValueError(
-                f"plan was made for {name} = {made}, but this call has {name} = {given}: a plan is for inputs of one "
-                "length, padding and pattern. Give what plan_big_bird makes of this call's arguments (for several "
-                "layers at once: one of its by_layer), or no plan."
-            )
+    check_prepared(
+        "plan was",
+        facts,
+        "a plan is for inputs of one length, padding and pattern. Give what plan_big_bird makes of this call's "
+        "arguments (for several layers at once: one of its by_layer), or no plan.",
+    )
 
 
 def blocks_in_reach(global_ends: bool) -> int:

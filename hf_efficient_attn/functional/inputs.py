@@ -1,5 +1,7 @@
 """Checks and padding steps that every formula shares."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,16 @@ def check_key_padding_mask(key_padding_mask: Tensor | None, batch: int, length: 
             f"key_padding_mask must be a bool tensor of shape [batch, length] = {list(expected)}, True = attend, "
             f"got {key_padding_mask.dtype} of shape {list(key_padding_mask.shape)}; convert with `mask.bool()`."
         )
+
+
+def check_prepared(what: str, facts: Iterable[tuple[str, object, object]], advice: str) -> None:
+    """Raises `ValueError` where something was prepared for other inputs than those of a call.
+
+    `facts` are names, what it was made for and what the call has; `what` and `advice` frame the message.
+    """
+    for name, made, given in facts:
+        if made != given:
+            raise ValueError(f"{what} made for {name} = {made}, but this call has {name} = {given}: {advice}")
 
 
 def zero_padding(tensor: Tensor, key_padding_mask: Tensor | None, overwrite: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from .dense_execution import dense_is_on
 from .dropout_cpu import cpu_dropout_attention
 from .feature_kernels import feature_kernels
 from .fused import fused
-from .inputs import check_qkv, masked_bias, zero_padding
+from .inputs import check_prepared, check_qkv, masked_bias, zero_padding
 
 
 class Landmarks(NamedTuple):
@@ -166,12 +166,12 @@ def _check_segments(
     if is_padded:
         # With a mask there may always be segments without a token.
         facts.append(("padding", segments.filled is not None, True))
-    for name, made, given in facts:
-        if made != given:
-            raise ValueError(
-                f"segments were made for {name} = {made}, but this call has {name} = {given}: they are for inputs of "
-                "one length and padding. Give what segment_landmarks makes of this call's arguments, or no segments."
-            )
+    check_prepared(
+        "segments were",
+        facts,
+        "they are for inputs of one length and padding. Give what segment_landmarks makes of this call's arguments, "
+        "or no segments.",
+    )
 
 
 def _kernels(

@@ -79,9 +79,11 @@ def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlot
     step = torch.arange(first, last + 1, device=shape.device)
     nearest, farthest = step * _BLOCK - (_BLOCK - 1), step * _BLOCK + (_BLOCK - 1)  # of any pair of their tokens
     inside = (nearest >= -window.back) & (farthest <= window.ahead) & (reach == 1)
-    full = _by_block(torch.ones(shape.batch, shape.length, dtype=torch.bool, device=shape.device), blocks).all(dim=2)
-    if counted is not None:
-        full = _by_block(counted, blocks).all(dim=2)
+    every = torch.ones(shape.batch, shape.length, dtype=torch.bool, device=shape.device) if counted is None else counted
+    full = _by_block(every, blocks).all(dim=2)
+    # On a CPU the kernel takes lists only with room for all blocks.
+    room = blocks if shape.device.type == "cpu" else None
+    ends = (first, None if window.causal else last)
 
     def near(turn: int) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks as far from each block as `turn` times the steps: `[blocks, steps]`, which exist, which are whole."""
@@ -92,25 +94,20 @@ def _make(shape: _Shape, counted: Tensor | None = None, global_tokens: TokenSlot
         return other.expand(full.shape[0], -1, -1), exists, exists & inside & full[:, keys]
 
     keys, exists, whole = near(1)
-    partial = exists & ~whole
-    found = [(keys, partial)]
+    partial = [(keys, exists & ~whole)]
     if global_tokens is not None:
-        found.append(_global_blocks(global_tokens, number, (first, last), window.causal))
-    tables = {"kv": _lists(*found), "full_kv": _lists((keys, whole))}
+        has_global = _by_block(global_tokens.mask, blocks).any(dim=2)
+        partial.append(_global_blocks(has_global, global_tokens.slots, number, ends))
+    tables = {"kv": _lists(partial, room), "full_kv": _lists([(keys, whole)], room), "q": None, "full_q": None}
     if shape.with_gradients:
         queries, exists, whole = near(-1)
-        found = [(queries, exists & ~whole)]
+        partial = [(queries, exists & ~whole)]
         if global_tokens is not None:
-            found.append(_blocks_for_globals(global_tokens, number, (first, last), window.causal))
-        tables |= {"q": _lists(*found), "full_q": _lists((queries, whole))}
-    if shape.device.type == "cpu":
-        # There the kernel takes lists only with room for all blocks; no list has more, for none has one twice.
-        room = {name: F.pad(x, (0, max(0, blocks - x.shape[3]))) for name, (_, x) in tables.items()}
-        tables = {name: (tables[name][0], x[..., :blocks].contiguous()) for name, x in room.items()}
-    empty = (None, None)
+            partial.append(_blocks_for_globals(has_global, number, ends))
+        tables |= {"q": _lists(partial, room), "full_q": _lists([(queries, whole)], room)}
     arguments = {}
-    for name in ("kv", "full_kv", "q", "full_q"):
-        arguments[f"{name}_num_blocks"], arguments[f"{name}_indices"] = tables.get(name, empty)
+    for name, table in tables.items():
+        arguments[f"{name}_num_blocks"], arguments[f"{name}_indices"] = table or (None, None)
     rule = _rule(shape, counted, global_tokens)
     lengths = (shape.length, shape.length)
     return BlockMask(seq_lengths=lengths, **arguments, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=rule)
@@ -153,29 +150,32 @@ def _rule(shape: _Shape, counted: Tensor | None, global_tokens: TokenSlots | Non
 
 
 def _global_blocks(
-    global_tokens: TokenSlots, number: Tensor, reach: tuple[int, int], causal: bool
+    has_global: Tensor, slots: int, number: Tensor, reach: tuple[int, int | None]
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of global tokens beyond the windows' reach, for each block of queries: `[batch, blocks, entries]`."""
-    blocks = number.shape[0]
-    has_global = _by_block(global_tokens.mask, blocks).any(dim=2)
+    """Blocks of global tokens beyond the windows' reach, for each block of queries: `[batch, blocks, entries]`.
+
+    `has_global` `[batch, blocks]` are those with a global token, of which there are at most `slots`; `reach` as in
+    `_is_beyond`.
+    """
     # In steps, so that a kernel sees few lengths of lists.
-    entries = -(-global_tokens.slots // _ENTRIES) * _ENTRIES
+    entries = -(-slots // _ENTRIES) * _ENTRIES
     # Those with a global token first; there are no more of them than slots.
     found = has_global.int().argsort(dim=1, descending=True, stable=True)[:, :entries]
     there = has_global.gather(1, found)[:, None]
-    distance = found[:, None] - number[:, None]
-    beyond = (distance < reach[0]) | ((distance > reach[1]) & (not causal))
-    return found[:, None].expand(-1, blocks, -1), there & beyond
+    beyond = _is_beyond(found[:, None] - number[:, None], reach)
+    return found[:, None].expand(-1, number.shape[0], -1), there & beyond
 
 
-def _blocks_for_globals(
-    global_tokens: TokenSlots, number: Tensor, reach: tuple[int, int], causal: bool
-) -> tuple[Tensor, Tensor]:
+def _blocks_for_globals(has_global: Tensor, number: Tensor, reach: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
     """The same turned round: all blocks of queries, and which of them each block of keys needs besides its own."""
-    has_global = _by_block(global_tokens.mask, number.shape[0]).any(dim=2)
-    distance = number[:, None] - number
-    beyond = (distance < reach[0]) | ((distance > reach[1]) & (not causal))
+    beyond = _is_beyond(number[:, None] - number, reach)
     return number.expand(has_global.shape[0], number.shape[0], -1), has_global[:, :, None] & beyond
+
+
+def _is_beyond(distance: Tensor, reach: tuple[int, int | None]) -> Tensor:
+    """Which blocks of keys are farther away than the windows reach, before and, where that is not None, after."""
+    before = distance < reach[0]
+    return before if reach[1] is None else before | (distance > reach[1])
 
 
 def _by_block(mask: Tensor, blocks: int) -> Tensor:
@@ -183,16 +183,20 @@ def _by_block(mask: Tensor, blocks: int) -> Tensor:
     return F.pad(mask, (0, blocks * _BLOCK - mask.shape[1])).unflatten(1, (blocks, _BLOCK))
 
 
-def _lists(*found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _lists(found: list[tuple[Tensor, Tensor]], room: int | None) -> tuple[Tensor, Tensor]:
     """How many blocks of each list count, and the blocks, those first: flex_attention's form.
 
-    Lists are `[batch, blocks, entries]`, each with which entries count.
+    Lists are `[batch, blocks, entries]`, each with which entries count; no block does so twice in one list. With `room`
+    lists have so many entries, which must be enough for the ones that count.
     """
     batch = max(x.shape[0] for pair in found for x in pair if x.dim() == 3)
     entry = torch.cat([x.expand(batch, -1, -1) for x, _ in found], dim=2)
     counts = torch.cat([x.expand(batch, -1, -1) for _, x in found], dim=2)
     order = counts.int().argsort(dim=2, descending=True, stable=True)
-    return counts.sum(dim=2, dtype=torch.int32)[:, None], entry.gather(2, order).to(torch.int32)[:, None]
+    listed = entry.gather(2, order).to(torch.int32)
+    if room is not None:
+        listed = F.pad(listed, (0, max(0, room - listed.shape[2])))[..., :room].contiguous()
+    return counts.sum(dim=2, dtype=torch.int32)[:, None], listed[:, None]
 
 
 _MASKS = Kept(_make)
